@@ -1,0 +1,34 @@
+"""What every test shares: 8 fake CPU devices, a compilation cache, strict promotion where it counts."""
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+# Compile time dominates the suite: one cache for this run and for the subprocesses it starts.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "chatyuan-test-jax-cache")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+STRICT_FOLDERS = ("ops", "kernels", "models")
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the array rooms an accidental promotion of dtype or rank is an error."""
+    folder = pathlib.Path(str(request.node.path)).parent.name
+    if folder not in STRICT_FOLDERS:
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
