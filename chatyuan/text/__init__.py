@@ -1,0 +1,1 @@
+"""Text without jax: vocabularies, tokenizer training, normalisation, dialogue templates."""
