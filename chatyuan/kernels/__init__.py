@@ -1,0 +1,29 @@
+"""Attention: one function, its mask and bias specifications."""
+
+from chatyuan.kernels.attention import (
+    IMPLEMENTATIONS,
+    dot_product_attention,
+    prepare,
+    select_implementation,
+)
+from chatyuan.kernels.masks import AttentionMask
+from chatyuan.kernels.relative_bias import (
+    AlibiBias,
+    Bias,
+    DenseBias,
+    RelativePositionBias,
+    relative_position_bucket,
+)
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "AlibiBias",
+    "AttentionMask",
+    "Bias",
+    "DenseBias",
+    "RelativePositionBias",
+    "dot_product_attention",
+    "prepare",
+    "relative_position_bucket",
+    "select_implementation",
+]

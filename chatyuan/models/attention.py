@@ -1,0 +1,80 @@
+"""Multi-head attention: projections, rotary positions, QK-norm; the scores are the kernel's business."""
+
+import jax
+from flax import nnx
+
+from chatyuan.kernels import AttentionMask, Bias, dot_product_attention
+from chatyuan.models.config import ModelConfig
+from chatyuan.models.layers import Einsum, RMSNorm, normal
+from chatyuan.ops.positions import rope
+
+Array = jax.Array
+
+
+class Attention(nnx.Module):
+    """Self- or cross-attention. Heads are joined in the matrices ([D, N*H]): plain matmuls everywhere."""
+
+    def __init__(self, key: Array, config: ModelConfig, *, cross: bool) -> None:
+        """Creates the four matrices; `cross` leaves out rotary positions."""
+        self.config = config
+        self.rotary = config.position == "rope" and not cross
+        embed, joined = config.embed_dim, config.num_heads * config.head_dim
+        joined_kv = config.kv_heads * config.head_dim
+        keys = jax.random.split(key, 6)
+        # T5 leaves scores unscaled and starts the queries smaller instead: one rule for any scale.
+        query_init = normal((embed * config.head_dim) ** -0.5 / config.score_scale)
+        inward = ("embed", "heads")
+        equation = "btd,dh->bth"
+        self.query = Einsum(keys[0], equation, (embed, joined), inward, query_init)
+        self.key = Einsum(keys[1], equation, (embed, joined_kv), inward, normal(embed**-0.5))
+        self.value = Einsum(keys[2], equation, (embed, joined_kv), inward, normal(embed**-0.5))
+        outward = ("heads", "embed")
+        self.out = Einsum(keys[3], "bth,hd->btd", (joined, embed), outward, normal(joined**-0.5))
+        if config.qk_norm:
+            self.query_norm = RMSNorm(keys[4], config.head_dim, config.norm_epsilon, axis="kv")
+            self.key_norm = RMSNorm(keys[5], config.head_dim, config.norm_epsilon, axis="kv")
+
+    def queries(self, x_BTD: Array, positions_BT: Array) -> Array:
+        """Returns the queries [B, T, N, H]."""
+        query = self._split_heads(self.query(x_BTD))
+        if self.config.qk_norm:
+            query = self.query_norm(query)
+        return rope(query, positions_BT, self.config.rope_theta) if self.rotary else query
+
+    def keys_values(self, x_BSD: Array, positions_BS: Array) -> tuple[Array, Array]:
+        """Returns keys and values, each [B, S, K, H]."""
+        key = self._split_heads(self.key(x_BSD))
+        if self.config.qk_norm:
+            key = self.key_norm(key)
+        if self.rotary:
+            key = rope(key, positions_BS, self.config.rope_theta)
+        return key, self._split_heads(self.value(x_BSD))
+
+    def attend(
+        self,
+        query_BTNH: Array,
+        key_BSKH: Array,
+        value_BSKH: Array,
+        mask: AttentionMask | None,
+        bias: Bias | None,
+    ) -> Array:
+        """Returns the attended and projected values, [B, T, D]."""
+
+        def core(query: Array, key: Array, value: Array, bias: Bias | None) -> Array:
+            return dot_product_attention(
+                query,
+                key,
+                value,
+                mask=mask,
+                bias=bias,
+                scale=self.config.score_scale,
+                implementation=self.config.attention_implementation,
+            )
+
+        if self.config.remat == "selective":
+            core = jax.checkpoint(core)
+        attended = core(query_BTNH, key_BSKH, value_BSKH, bias)
+        return self.out(attended.reshape(*attended.shape[:2], -1))
+
+    def _split_heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], -1, self.config.head_dim)

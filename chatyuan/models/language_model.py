@@ -1,0 +1,157 @@
+"""What both kinds of model share: embedding, head, cached decoder steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chatyuan.kernels import AttentionMask
+from chatyuan.models.attention import Attention
+from chatyuan.models.cache import DecodeCache
+from chatyuan.models.config import ModelConfig
+from chatyuan.models.layers import Einsum, Embedder, truncated_normal
+from chatyuan.models.stack import Block, Stack
+
+Array = jax.Array
+Batch = dict[str, Array]
+
+
+class LanguageModel(nnx.Module):
+    """A token table, a decoder and a head."""
+
+    def __init__(self, key: Array, config: ModelConfig) -> None:
+        """Creates `token_embedder`, `decoder` and, unless tied, `logits_dense`."""
+        embed_key, decoder_key, head_key = jax.random.split(key, 3)
+        cross = config.architecture == "encoder_decoder"
+        self.config = config
+        self.token_embedder = Embedder(embed_key, config)
+        # A prefix-LM sees both sides inside its prefix; a causal decoder only the past.
+        bidirectional = not cross and not config.causal_only
+        self.decoder = Stack(
+            decoder_key,
+            config,
+            config.num_decoder_layers,
+            cross=cross,
+            bidirectional=bidirectional,
+        )
+        if not config.tie_embeddings:
+            shape = (config.embed_dim, config.vocab_size)
+            init = truncated_normal(config.embed_dim**-0.5)
+            self.logits_dense = Einsum(head_key, "btd,dv->btv", shape, ("embed", "vocab"), init)
+
+    def head_weight(self) -> Array:
+        """Returns the matrix [D, V], float32, for which logits = hidden @ head_weight."""
+        config = self.config
+        if config.tie_embeddings:
+            weight = self.token_embedder.embedding[...].T
+        else:
+            weight = self.logits_dense.kernel[...]
+        if config.norm_head:
+            norm = jnp.sqrt(jnp.sum(jnp.square(weight), axis=0, keepdims=True))
+            weight = weight / jnp.maximum(norm, 1e-12)
+        if config.tie_embeddings and config.scale_tied_logits:
+            weight = weight * config.embed_dim**-0.5
+        return weight
+
+    def logits(self, hidden: Array) -> Array:
+        """Returns float32 logits [..., V] of `hidden` [..., D]."""
+        weight = self.head_weight().astype(hidden.dtype)
+        return jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
+
+    def step(self, tokens: Array, cache: DecodeCache) -> tuple[Array, DecodeCache]:
+        """Returns the logits after one more token per row, and the cache that holds it.
+
+        Args:
+            tokens: [R] int32, R = rows of the cache.
+            cache: from `prefill` or an earlier step; its slots must not be used up.
+
+        Returns:
+            logits [R, V] float32, cache.
+        """
+        index = cache.index
+        hidden, cache = self.decode(
+            tokens[:, None],
+            cache,
+            positions=(index - cache.start)[:, None],
+            mask=AttentionMask(
+                key_start=cache.start[:, None],
+                key_end=jnp.broadcast_to(index + 1, (tokens.shape[0], 1)),
+            ),
+        )
+        return self.logits(hidden[:, 0]), cache
+
+    def decode(
+        self, tokens_RT: Array, cache: DecodeCache, *, positions: Array, mask: AttentionMask
+    ) -> tuple[Array, DecodeCache]:
+        """Returns [R, T, D] for T more tokens per row, and the cache that holds them.
+
+        Args:
+            tokens_RT: int32 [R, T].
+            cache: T slots must be left.
+            positions: [R, T] of the tokens in their text.
+            mask: over the slots of the cache.
+        """
+        rows, length = tokens_RT.shape
+        slots = cache.self_keys[0].shape[2]
+        shared = self.decoder.inputs(
+            mask=mask, positions=positions, q_len=length, kv_len=slots, query_offset=cache.index
+        )
+        if cache.cross_keys:
+            prompts = cache.cross_lengths.shape[0]
+            queries = rows * length // prompts
+            end = jnp.broadcast_to(cache.cross_lengths[:, None], (prompts, queries))
+            cross_mask = AttentionMask(key_start=jnp.zeros_like(end), key_end=end)
+            shared = dataclasses.replace(shared, cross_mask=cross_mask)
+
+        def body(
+            block: Block, x: Array, _: Array, layer: tuple[Array, ...]
+        ) -> tuple[Array, tuple[Array, Array]]:
+            written = ()
+
+            def update(key_RTKH: Array, value_RTKH: Array) -> tuple[Array, Array]:
+                nonlocal written
+                written = (
+                    _write(layer[0], key_RTKH, cache.index),
+                    _write(layer[1], value_RTKH, cache.index),
+                )
+                return _slots_first(written[0]), _slots_first(written[1])
+
+            def cross(_: Attention) -> tuple[Array, Array]:
+                return _slots_first(layer[2]), _slots_first(layer[3])
+
+            x = block(
+                x,
+                shared,
+                None,
+                update_cache=update,
+                cross_keys_values=cross if cache.cross_keys else None,
+            )
+            return x, written
+
+        layers = (cache.self_keys, cache.self_values, cache.cross_keys, cache.cross_values)
+        per_layer = list(zip(*(part for part in layers if part), strict=True))
+        x, written = self.decoder.run(body, self.token_embedder(tokens_RT), per_layer, unroll=True)
+        keys, values = zip(*written, strict=True)
+        new = dataclasses.replace(
+            cache, self_keys=keys, self_values=values, index=cache.index + jnp.int32(length)
+        )
+        return self.decoder.final_norm(x), new
+
+    def empty_rows(self, rows: int, slots: int) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Returns zero keys and values for every decoder layer, [R, K, S, H]."""
+        config = self.config
+        shape = (rows, config.kv_heads, slots, config.head_dim)
+        layers = range(config.num_decoder_layers)
+        keys = tuple(jnp.zeros(shape, config.dtype) for _ in layers)
+        return keys, tuple(jnp.zeros(shape, config.dtype) for _ in layers)
+
+
+def _write(cache_RKSH: Array, new_RTKH: Array, index: Array) -> Array:
+    """Returns the cache with T new slots from `index` on."""
+    new = jnp.swapaxes(new_RTKH, 1, 2).astype(cache_RKSH.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cache_RKSH, new, index, axis=2)
+
+
+def _slots_first(cache_RKSH: Array) -> Array:
+    return jnp.swapaxes(cache_RKSH, 1, 2)

@@ -1,0 +1,274 @@
+"""One transformer block, and the one place where blocks are stacked, scanned and rematerialised."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from chatyuan.kernels import AlibiBias, AttentionMask, Bias, RelativePositionBias, prepare
+from chatyuan.models.attention import Attention
+from chatyuan.models.config import ModelConfig
+from chatyuan.models.layers import Mlp, RMSNorm, dropout, param
+from chatyuan.ops.positions import alibi_slopes
+
+Array = jax.Array
+
+_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class RelativeBiasTable(nnx.Module):
+    """T5's learned bias per (head, bucket)."""
+
+    def __init__(self, key: Array, config: ModelConfig) -> None:
+        """Creates the table, uniform with variance 1 / mean(heads, buckets) as in T5X."""
+        shape = (config.num_heads, config.relative_attention_num_buckets)
+        limit = (3.0 / (sum(shape) / 2)) ** 0.5
+        self.rel_embedding = param(
+            key,
+            shape,
+            ("heads", "relpos_buckets"),
+            lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -limit, limit),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """What every block of a stack receives unchanged.
+
+    Attributes:
+        mask: of self-attention.
+        bias: of self-attention, None if each block has its own table.
+        positions: [B, T] for rotary embedding.
+        query_offset: key index of query 0 (see `RelativePositionBias`).
+        cross_mask: of cross-attention.
+        dropout_key: of this stack and step, or None.
+    """
+
+    mask: AttentionMask
+    bias: Bias | None
+    positions: Array
+    query_offset: Array | int = 0
+    cross_mask: AttentionMask | None = None
+    dropout_key: Array | None = None
+
+
+class Block(nnx.Module):
+    """Pre-norm self-attention, optional cross-attention, feed-forward; each added to the stream."""
+
+    def __init__(
+        self, key: Array, config: ModelConfig, *, cross: bool, bidirectional: bool
+    ) -> None:
+        """Creates the modules under T5X's decoder names, encoder blocks too."""
+        self.config = config
+        self.bidirectional = bidirectional
+        keys = jax.random.split(key, 7)
+        features, epsilon = config.embed_dim, config.norm_epsilon
+        self.pre_self_attention_layer_norm = RMSNorm(keys[0], features, epsilon)
+        self.self_attention = Attention(keys[1], config, cross=False)
+        if config.position == "relative_bias_per_layer":
+            self.relpos_bias = RelativeBiasTable(keys[2], config)
+        if cross:
+            self.pre_cross_attention_layer_norm = RMSNorm(keys[3], features, epsilon)
+            self.encoder_decoder_attention = Attention(keys[4], config, cross=True)
+        self.pre_mlp_layer_norm = RMSNorm(keys[5], features, epsilon)
+        self.mlp = Mlp(keys[6], config)
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        shared: LayerInputs,
+        dropout_key: Array | None,
+        *,
+        update_cache: Callable[[Array, Array], tuple[Array, Array]] | None = None,
+        cross_keys_values: Callable[[Attention], tuple[Array, Array]] | None = None,
+    ) -> Array:
+        """Returns the new stream [B, T, D].
+
+        Args:
+            x_BTD: the stream.
+            shared: see `LayerInputs`.
+            dropout_key: of this layer.
+            update_cache: takes the new keys and values, returns those to attend to.
+            cross_keys_values: gives keys and values of the encoder, [B', S, K, H]. With B = B' * G
+                rows the G rows of a prompt become queries of one row: nothing is repeated.
+        """
+        rate = self.config.dropout_rate
+        attention = self.self_attention
+        h = self.pre_self_attention_layer_norm(x_BTD)
+        query = attention.queries(h, shared.positions)
+        key, value = attention.keys_values(h, shared.positions)
+        if update_cache is not None:
+            key, value = update_cache(key, value)
+        bias = self._bias(shared, query.shape[1], key.shape[1])
+        h = attention.attend(query, key, value, shared.mask, bias)
+        x_BTD = x_BTD + dropout(h, rate, dropout_key, 1)
+        if cross_keys_values is not None:
+            attention = self.encoder_decoder_attention
+            h = self.pre_cross_attention_layer_norm(x_BTD)
+            key, value = cross_keys_values(attention)
+            # positions are not used: cross-attention has none.
+            query = attention.queries(h, shared.positions)
+            folded = query.reshape(key.shape[0], -1, *query.shape[2:])
+            h = attention.attend(folded, key, value, shared.cross_mask, None)
+            x_BTD = x_BTD + dropout(h.reshape(x_BTD.shape), rate, dropout_key, 2)
+        h = self.mlp(self.pre_mlp_layer_norm(x_BTD), dropout_key)
+        return x_BTD + dropout(h, rate, dropout_key, 3)
+
+    def _bias(self, shared: LayerInputs, q_len: int, kv_len: int) -> Bias | None:
+        if self.config.position != "relative_bias_per_layer":
+            return shared.bias
+        return RelativePositionBias(
+            self.relpos_bias.rel_embedding[...],
+            bidirectional=self.bidirectional,
+            max_distance=self.config.relative_attention_max_distance,
+            query_offset=shared.query_offset,
+        )
+
+
+class Stack(nnx.Module):
+    """Blocks whose parameters are stacked on axis 0, with the bias they share and the final norm."""
+
+    def __init__(
+        self, key: Array, config: ModelConfig, num_layers: int, *, cross: bool, bidirectional: bool
+    ) -> None:
+        """Creates `layers` by one vmapped constructor, `relpos_bias` if shared, `final_norm`.
+
+        Args:
+            key: PRNG key.
+            config: the model.
+            num_layers: X.
+            cross: blocks have cross-attention.
+            bidirectional: the relative bias distinguishes keys after the query.
+        """
+        self.config = config
+        self.num_layers = num_layers
+        self.bidirectional = bidirectional
+        layer_key, bias_key, norm_key = jax.random.split(key, 3)
+        graphs = []
+
+        def parameters(key: Array) -> nnx.State:
+            block = Block(key, config, cross=cross, bidirectional=bidirectional)
+            graph, state = nnx.split(block)
+            graphs.append(graph)
+            return state
+
+        stacked = jax.vmap(parameters)(jax.random.split(layer_key, num_layers))
+        is_param = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+        stacked = jax.tree.map(_name_layer_axis, stacked, is_leaf=is_param)
+        self.layers = nnx.merge(graphs[0], stacked)
+        if config.position == "relative_bias":
+            self.relpos_bias = RelativeBiasTable(bias_key, config)
+        self.final_norm = RMSNorm(norm_key, config.embed_dim, config.norm_epsilon)
+
+    def run(
+        self,
+        body: Callable[[Block, Any, Array, Any], tuple[Any, Any]],
+        carry: Any,
+        xs: Any = None,
+        *,
+        unroll: bool = False,
+    ) -> tuple[Any, Any]:
+        """Runs `body(block, carry, layer_index, x) -> (carry, y)` over the layers.
+
+        Args:
+            body: one layer; `x` is the layer's slice of `xs`.
+            carry: what goes from layer to layer.
+            xs: pytree of arrays stacked on axis 0, or None.
+            unroll: a Python loop whatever the configuration says; `xs` may then be a list, one item
+                per layer, and the ys come back as a list.
+
+        Returns:
+            The last carry, and the ys: stacked on axis 0 when scanned or unrolled by configuration.
+        """
+        graph, stacked = nnx.split(self.layers)
+        stacked = nnx.pure(stacked)
+
+        def layer(carry: Any, inputs: tuple[Any, Array, Any]) -> tuple[Any, Any]:
+            params, index, x = inputs
+            return body(nnx.merge(graph, params), carry, index, x)
+
+        if self.config.remat in _POLICIES:
+            layer = jax.checkpoint(layer, policy=_POLICIES[self.config.remat])
+        if self.config.scan_layers and not unroll:
+            indices = jnp.arange(self.num_layers, dtype=jnp.int32)
+            return jax.lax.scan(layer, carry, (stacked, indices, xs))
+        ys = []
+        for i in range(self.num_layers):
+            params = jax.tree.map(lambda leaf: leaf[i], stacked)  # noqa: B023
+            x = xs[i] if isinstance(xs, list) else jax.tree.map(lambda leaf: leaf[i], xs)  # noqa: B023
+            carry, y = layer(carry, (params, jnp.int32(i), x))
+            ys.append(y)
+        if unroll:
+            return carry, ys
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
+
+    def inputs(
+        self,
+        *,
+        mask: AttentionMask,
+        positions: Array,
+        q_len: int,
+        kv_len: int,
+        query_offset: Array | int = 0,
+        dropout_key: Array | None = None,
+    ) -> LayerInputs:
+        """Returns what the blocks share, with mask and bias resolved once for all layers."""
+        config = self.config
+        bias = None
+        if config.position == "relative_bias":
+            bias = RelativePositionBias(
+                self.relpos_bias.rel_embedding[...],
+                bidirectional=self.bidirectional,
+                max_distance=config.relative_attention_max_distance,
+                query_offset=query_offset,
+            )
+        elif config.position == "alibi":
+            bias = AlibiBias(jnp.asarray(alibi_slopes(config.num_heads)), query_offset)
+        mask, bias = prepare(
+            mask,
+            bias,
+            batch=positions.shape[0],
+            q_len=q_len,
+            kv_len=kv_len,
+            implementation=config.attention_implementation,
+        )
+        return LayerInputs(mask, bias, positions, query_offset, dropout_key=dropout_key)
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        shared: LayerInputs,
+        encoded_BSD: Array | None = None,
+    ) -> Array:
+        """Returns the normalised output of the last block, [B, T, D].
+
+        Args:
+            x_BTD: embedded tokens.
+            shared: see `inputs`.
+            encoded_BSD: the encoder's output, for blocks with cross-attention.
+        """
+        rate, key = self.config.dropout_rate, shared.dropout_key
+        cross = None
+        if encoded_BSD is not None:
+            cross = lambda attention: attention.keys_values(encoded_BSD, None)  # noqa: E731
+
+        def body(block: Block, x: Array, index: Array, _: None) -> tuple[Array, None]:
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            return block(x, shared, layer_key, cross_keys_values=cross), None
+
+        # Sites beyond the layers' indices, so that no two dropouts share a key.
+        x_BTD = dropout(x_BTD, rate, key, self.num_layers)
+        x_BTD, _ = self.run(body, x_BTD)
+        return dropout(self.final_norm(x_BTD), rate, key, self.num_layers + 1)
+
+
+def _name_layer_axis(variable: nnx.Variable) -> nnx.Variable:
+    """Returns the variable with "layers" before the names of its other axes."""
+    axes = variable.get_metadata("out_sharding")
+    return variable.replace(out_sharding=("layers", *axes))
