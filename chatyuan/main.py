@@ -1,0 +1,254 @@
+"""The command line: `python run.py STAGE [ARGUMENT...] [--gin_file=F]... [--gin.NAME=VALUE]...`.
+
+Exit status 0: done; 1: the run failed; 2: a mistake of the user, told in one message without a
+traceback (unless `--debug`). No stage is imported before the command line itself has been read, so
+listing the stages and refusing a bad command take no time.
+"""
+
+import ast
+import dataclasses
+import errno
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+
+from chatyuan import stages as stages_package
+from chatyuan.errors import UserError, did_you_mean, missing_package
+
+USAGE = "python run.py STAGE [ARGUMENT...] [--gin_file=FILE]... [--gin.NAME=VALUE]... [--dry_run]"
+SWITCHES = ("dry_run", "debug", "help")
+OPTIONS = ("gin_file", "gin_search_paths")
+# T5X's --run_mode -> the stage that does the same.
+RUN_MODES = {
+    "train": "pretrain",
+    "eval": "evaluate",
+    "infer": "infer",
+    "precompile": "pretrain --dry_run",
+    "export": "export",
+}
+INTERRUPTED = 130  # what shells expect after Ctrl-C: 128 + SIGINT
+
+
+@dataclasses.dataclass
+class Command:
+    """A command line, taken apart but not checked against its stage."""
+
+    stage: str = ""
+    arguments: list[str] = dataclasses.field(default_factory=list)
+    gin_files: list[str] = dataclasses.field(default_factory=list)
+    bindings: list[str] = dataclasses.field(default_factory=list)
+    search_paths: list[str] = dataclasses.field(default_factory=list)
+    flags: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    switches: set[str] = dataclasses.field(default_factory=set)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command and returns the process's exit status; see the module's docstring."""
+    try:
+        return _run(list(argv))
+    except UserError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        return _fail(2, str(error))
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, "Interrupted. Starting again in the same MODEL_DIR continues.")
+    except BrokenPipeError:  # the reader of our output (`| head`) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        remedy = missing_package(error)
+        if remedy is None or "--debug" in argv:
+            traceback.print_exc()
+        return _fail(2 if remedy else 1, remedy or f"{error}: this is a bug, please report it.")
+    except Exception as error:
+        return _failed(error, argv)
+
+
+def _run(argv: list[str]) -> int:
+    command = parse(argv)
+    known = stages()
+    if not command.stage:
+        if argv and "help" not in command.switches:
+            raise UserError(f"Which stage? Usage: {USAGE}\n`python run.py` lists the stages.")
+        print(_overview(known))
+        return 0
+    if command.stage not in known:
+        near = did_you_mean(command.stage, known)
+        raise UserError(f"There is no stage {command.stage}.{near} `python run.py` lists them.")
+    own_flags = stage_flags(command.stage)
+    for name in command.flags:
+        if name not in own_flags:
+            raise UserError(_unknown_flag(name, [*SWITCHES, *OPTIONS, *own_flags], command.stage))
+
+    from chatyuan import configs  # gin and the stage are needed from here on
+
+    if "help" in command.switches:
+        print(configs.stage_help(command.stage, own_flags))
+        return 0
+    config = configs.load(
+        command.stage,
+        command.gin_files,
+        command.bindings,
+        arguments=command.arguments,
+        flags=command.flags,
+        search_paths=command.search_paths,
+    )
+    module = configs.stage_module(command.stage)
+    if "dry_run" not in command.switches:
+        module.run(config)
+        return 0
+    print(configs.explain(config), flush=True)
+    if hasattr(module, "dry_run"):
+        module.dry_run(config)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Takes a command line apart.
+
+    Raises:
+        UserError: a flag lacks its value, or is T5X's `--run_mode`.
+    """
+    command = Command()
+    words = iter(argv)
+    for word in words:
+        if word == "-h":
+            command.switches.add("help")
+        elif not word.startswith("--") or word == "--":
+            _add_word(command, word)
+        else:
+            name, equals, value = word[2:].partition("=")
+            if name.startswith("gin."):
+                command.bindings.append(word.removeprefix("--gin."))
+            elif name in OPTIONS:
+                value = value if equals else _next_word(words, name)
+                target = command.gin_files if name == "gin_file" else command.search_paths
+                target += [value] if name == "gin_file" else value.split(",")
+            elif name == "run_mode":
+                mode = value if equals else _next_word(words, name)
+                raise UserError(_run_mode(mode))
+            elif name in SWITCHES:
+                if equals and value.lower() not in ("true", "false"):
+                    raise UserError(f"--{name}={value} should be --{name}, without a value.")
+                command.switches |= set() if value.lower() == "false" else {name}
+            else:
+                command.flags[name] = value if equals else None
+    return command
+
+
+def _add_word(command: Command, word: str) -> None:
+    if command.stage:
+        command.arguments.append(word)
+    else:
+        command.stage = word
+
+
+def _next_word(words: Iterator[str], name: str) -> str:
+    value = next(words, "")
+    if not value or value.startswith("--"):
+        raise UserError(f"--{name} has no value; write --{name}=VALUE.")
+    return value
+
+
+def _run_mode(mode: str) -> str:
+    stage = RUN_MODES.get(mode)
+    if stage is None:
+        modes = ", ".join(f"{mode} is {stage}" for mode, stage in RUN_MODES.items())
+        return f"--run_mode={mode} is unknown; T5X's modes are stages here ({modes})."
+    return (
+        f"T5X's --run_mode={mode} is a stage here: python run.py {stage} --gin_file=... "
+        "(README has the table of T5X's names and ours)."
+    )
+
+
+def _unknown_flag(name: str, known: Sequence[str], stage: str) -> str:
+    if name.isupper():
+        return f"--{name} is unknown; settings are written --gin.{name}=VALUE."
+    near = did_you_mean(name, known).replace("mean ", "mean --")
+    return f"{stage} has no flag --{name}.{near} `python run.py {stage} --help` lists its flags."
+
+
+# The stages, read without importing them.
+
+
+def stages() -> dict[str, str]:
+    """Returns the name of each stage -> the first line of its docstring, in alphabetical order."""
+    found = {}
+    for folder in stages_package.__path__:
+        for path in sorted(pathlib.Path(folder).glob("[a-z]*.py")):
+            found[path.stem.rstrip("_")] = _summary(path)
+    return found
+
+
+def stage_flags(stage: str) -> dict[str, str]:
+    """Returns the stage's own flags -> help: its literal `FLAGS`, read from the source."""
+    for folder in stages_package.__path__:
+        path = pathlib.Path(folder) / f"{stage}{'_' if stage == 'import' else ''}.py"
+        if path.exists():
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                targets = getattr(node, "targets", [getattr(node, "target", None)])
+                if any(isinstance(t, ast.Name) and t.id == "FLAGS" for t in targets):
+                    return ast.literal_eval(node.value)
+    return {}
+
+
+def _summary(path: pathlib.Path) -> str:
+    """The first line of a module's docstring; parsing whole modules would take longer than gin."""
+    with path.open(encoding="utf-8") as file:
+        return file.readline().strip().removeprefix('"""').removesuffix('"""')
+
+
+def _overview(known: dict[str, str]) -> str:
+    width = max(map(len, known), default=0)
+    return "\n".join(
+        [
+            f"Usage: {USAGE}",
+            "",
+            "Stages:",
+            *(f"  {name:<{width}}  {summary}" for name, summary in known.items()),
+            "",
+            "`python run.py STAGE --help` lists the settings of a stage.",
+        ]
+    )
+
+
+# Failures.
+
+
+def _failed(error: Exception, argv: Sequence[str]) -> int:
+    """Reports an exception that is not known to be the user's: exit status 1."""
+    for link in _chain(error):
+        full = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(link):
+            if "--debug" in argv:
+                traceback.print_exc()
+            where = f" while writing {link.filename}" if getattr(link, "filename", None) else ""
+            return _fail(
+                1,
+                f"The disk is full{where}. Files take their names only when complete, so what was "
+                "finished is intact: free some space and start again in the same MODEL_DIR.",
+            )
+    traceback.print_exc()
+    name = next((word for word in argv if not word.startswith("-")), "")
+    first = str(error).strip().splitlines()
+    line = f"{name} failed: {type(error).__name__}{': ' + first[0] if first else ''}"
+    if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+        line += "\nOut of memory: raise --gin.MICROBATCHES, or lower BATCH_SIZE or the lengths."
+    return _fail(1, line)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yields an exception and those it was raised from."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _fail(status: int, message: str) -> int:
+    print(message, file=sys.stderr)
+    return status
