@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from chatyuan.decode import beam, sampling, stopping
 from chatyuan.decode.config import DecodeConfig
+from chatyuan.ops.sampling import row_uniforms
 
 
 class DecodableModel(Protocol):
@@ -110,9 +111,10 @@ def make_generate(
                 pad_id=pad_id,
             )
         else:
-            keys_R = None
+            uniforms_TR2 = None
             if config.method == "sample":
                 keys_R = sampling.row_keys(seeds, config.num_samples)
+                uniforms_TR2 = row_uniforms(keys_R, config.max_decode_length)
             found = _decode_rows(
                 config,
                 processors,
@@ -120,7 +122,7 @@ def make_generate(
                 logits_BV,
                 cache,
                 lengths > 0,
-                keys_R,
+                uniforms_TR2,
                 start_id=start_id,
                 pad_id=pad_id,
             )
@@ -152,7 +154,7 @@ def _decode_rows(
     logits_BV: Array,
     cache: Any,
     active_B: Array,
-    keys_R: Array | None,
+    uniforms_TR2: Array | None,
     *,
     start_id: int,
     pad_id: int,
@@ -172,7 +174,7 @@ def _decode_rows(
     def choose(logits_RV: Array, state: tuple) -> tuple:
         generated, history_RT, log_probs_RTC, lengths_R, done_R = state
         ids_R, chosen_RC = sampling.pick(
-            config, processors, logits_RV, history_RT, generated, keys_R
+            config, processors, logits_RV, history_RT, generated, uniforms_TR2
         )
         ids_R = jnp.where(done_R, pad_id, ids_R)
         chosen_RC = jnp.where(done_R[:, None], 0.0, chosen_RC)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from chatyuan.decode.config import DecodeConfig
 from chatyuan.ops import sampling
@@ -87,7 +87,7 @@ def pick(
     logits_BV: Array,
     history_BT: Array,
     generated: Array,
-    keys_B: Array | None,
+    uniforms_TB2: Array | None,
 ) -> tuple[Array, Array]:
     """Chooses the next token of every row (greedy or sample).
 
@@ -97,7 +97,7 @@ def pick(
     """
     scores_BV = processors(logits_BV, history_BT, generated)
     if config.method == "sample":
-        uniforms_B2 = sampling.row_uniforms(keys_B, generated)
+        uniforms_B2 = lax.dynamic_index_in_dim(uniforms_TB2, generated, keepdims=False)
         ids_B, log_probs_B = sampling.sample(
             uniforms_B2,
             scores_BV,

@@ -206,7 +206,14 @@ def _invert(uniform_B: Array, weights_BW: Array) -> Array:
     return jnp.minimum(index_B.astype(jnp.int32), last_B)
 
 
-def row_uniforms(keys_B: Array, step: Array) -> Array:
-    """Two uniforms a row for one step, float32 `[B, 2]`, from the row's own key and the step."""
-    step_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
-    return jax.vmap(lambda key: jax.random.uniform(key, (2,)))(step_keys_B)
+def row_uniforms(keys_B: Array, steps: int) -> Array:
+    """Two uniforms a row and step, float32 `[steps, B, 2]`, from the row's key and the step only.
+
+    Drawn before the loop: one small program instead of random bits within every step.
+    """
+
+    def draw(step: Array, key: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, step), (2,))
+
+    over_rows = jax.vmap(draw, in_axes=(None, 0))
+    return jax.vmap(over_rows, in_axes=(0, None))(jnp.arange(steps), keys_B)

@@ -1,6 +1,7 @@
 """Greedy and sampled generation on an enumerable model."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,15 @@ def pack(prompts, width=4, pad=0):
     return tokens, np.asarray([len(p) for p in prompts], np.int32)
 
 
-def run(params, prompts, config, seeds=None, **kwargs):
+@functools.cache
+def generate_fn(config):
+    return make_generate(ToyModel(), config, eos_id=1)
+
+
+def run(params, prompts, config, seeds=None):
     tokens, lengths = pack(prompts)
     seeds = np.arange(len(prompts)) if seeds is None else seeds
-    generate = make_generate(ToyModel(), config, eos_id=1, **kwargs)
+    generate = generate_fn(config)
     return jax.tree.map(np.asarray, generate(params, tokens, lengths, seeds))
 
 
@@ -136,12 +142,20 @@ def test_rows_do_not_depend_on_their_batch(params, filters):
     order = [3, 0, 4]
     part = run(params, [PROMPTS[i] for i in order], config, seeds[order])
     np.testing.assert_array_equal(part.tokens, whole.tokens[order])
-    np.testing.assert_array_equal(part.log_probs, whole.log_probs[order])
-    fewer = run(params, PROMPTS, dataclasses.replace(config, num_samples=2), seeds)
-    np.testing.assert_array_equal(fewer.tokens, whole.tokens[:, :2])
+    np.testing.assert_allclose(part.log_probs, whole.log_probs[order], rtol=1e-6)
+    shuffled = run(
+        params, [PROMPTS[i] for i in order] + [[], []], config, np.r_[seeds[order], 0, 0]
+    )
+    np.testing.assert_array_equal(shuffled.tokens[:3], whole.tokens[order])
     assert len({tuple(row) for row in whole.tokens.reshape(-1, STEPS)}) > 5
     other = run(params, PROMPTS, config, seeds + 100)
     assert not np.array_equal(other.tokens, whole.tokens)
+
+
+def test_a_sample_does_not_depend_on_how_many_there_are(params):
+    whole = run(params, PROMPTS, SAMPLE)
+    fewer = run(params, PROMPTS, dataclasses.replace(SAMPLE, num_samples=2))
+    np.testing.assert_array_equal(fewer.tokens, whole.tokens[:, :2])
 
 
 def test_keys_instead_of_seeds(params):
@@ -149,8 +163,9 @@ def test_keys_instead_of_seeds(params):
     by_keys = run(params, PROMPTS, SAMPLE, jax.vmap(jax.random.key)(jnp.arange(5)))
     np.testing.assert_array_equal(by_seed.tokens, by_keys.tokens)
     one = run(params, PROMPTS, SAMPLE, jax.random.key(0))
-    again = run(params, PROMPTS[:2], SAMPLE, jax.random.key(0))
-    np.testing.assert_array_equal(one.tokens[:2], again.tokens)
+    again = run(params, PROMPTS[:2] + PROMPTS[:3], SAMPLE, jax.random.key(0))
+    np.testing.assert_array_equal(one.tokens[:2], again.tokens[:2])
+    assert not np.array_equal(again.tokens[:2], again.tokens[2:4])
 
 
 def test_sampled_sequences_follow_the_model():
