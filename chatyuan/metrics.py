@@ -174,10 +174,8 @@ class Writer:
 
     def _to_tensorboard(self, row: Mapping[str, Any]) -> None:
         if self._tensorboard is None:
-            from tensorboardX import SummaryWriter  # slow to import, not needed by dry runs
-
             # purge_step makes TensorBoard drop what an interrupted run wrote after its checkpoint.
-            self._tensorboard = SummaryWriter(
+            self._tensorboard = _summary_writer_class()(
                 str(self.model_dir / TENSORBOARD), purge_step=self._start_step + 1
             )
         for name, value in row.items():
@@ -326,6 +324,20 @@ def _unwritable(path: pathlib.Path, error: OSError) -> UserError:
         f"{path} cannot be written: {error.strerror or error}. Make room or fix the permissions, "
         "then start the same command again to continue from the newest checkpoint."
     )
+
+
+def _summary_writer_class() -> Any:
+    """Imports tensorboardX without torch, which it would load if installed: 4 s and 200 MB."""
+    absent = object()
+    before = sys.modules.get("torch", absent)
+    if before is absent:
+        sys.modules["torch"] = None  # makes `import torch` raise ImportError, which it expects
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if before is absent:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _is_primary() -> bool:

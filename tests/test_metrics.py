@@ -137,12 +137,12 @@ def test_a_pipe_gets_lines_and_a_terminal_one_live_line(tmp_path):
 
 
 def test_tensorboard_holds_the_scalars_and_purges_at_a_restart(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import RecordWriter  # noqa: F401 - same package as the reader
 
     with writer(tmp_path, tensorboard=True) as out:
         out.start(20)
         out.write(30, {"loss": 1.5, "text": "no", "bad": math.nan})
+    from tensorboardX.proto.event_pb2 import Event  # after the writer, which keeps torch out
+
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, events = path.read_bytes(), []
     while data:  # TFRecord: length, its checksum, the message, its checksum
