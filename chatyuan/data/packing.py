@@ -1,0 +1,370 @@
+"""Which pieces of which examples share a row: planned from lengths alone, before any work.
+
+A row has two capacities (encoder and decoder; one stack has one). `pack` fills rows by best fit on
+both at once from a pool of waiting examples:
+1. a row starts with the oldest example, so none waits for long;
+2. then comes the example that leaves the two sides most evenly filled, the larger the better, and
+   as soon as one closes the row with next to no waste on either side, that one;
+3. documents that are too long for a row must be cut anyway: they are cut where a row ends;
+4. only where a row would end with waste, a document that would fit a row of its own is cut too.
+Nothing is dropped, nothing is trimmed. `concatenate` is T5's older way (documents joined without
+regard to their ends, then split into equal pieces), `separate` one piece per row. No jax here.
+"""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from chatyuan.data.keyed import combine
+from chatyuan.data.objectives import MIN_PIECE, PAIR, SPAN, Variants, fit, sizes
+
+POOL = 128  # examples that wait; more fill rows better and plan slower
+TOLERANCE = 0.004  # a row that wastes at most this share of either side is full
+_PATIENCE = 4 * POOL  # arrivals after which a long document starts a row by itself
+_LOPSIDED = 0.05  # share of a row's other side that a long document may waste by itself
+_MAX_TRIES = 6  # documents looked at for a cut
+_CLOSES = -10.0  # cost of an example that fills the row; below every other cost
+
+
+class Examples(NamedTuple):
+    """What planning knows of each example: arrays [examples]."""
+
+    num_inputs: np.ndarray  # int64, tokens of `inputs` of a pair, 0 for text
+    length: np.ndarray  # int64, tokens of the text or of `targets`
+    variant: np.ndarray  # int64
+    key: np.ndarray  # uint64
+
+
+class Pieces(NamedTuple):
+    """The result of planning: pieces of examples in row order."""
+
+    example: np.ndarray  # int64 [pieces], index into the planned examples
+    start: np.ndarray  # int64 [pieces], first token
+    length: np.ndarray  # int64 [pieces], tokens
+    joined: np.ndarray  # uint8 [pieces], 1: belongs to the segment of the piece before it
+    row_offsets: np.ndarray  # int64 [rows + 1]; row r is pieces row_offsets[r]:row_offsets[r + 1]
+
+
+class _Pool(NamedTuple):
+    """Waiting examples, arrays [POOL]; size_a is -1 for documents longer than a row."""
+
+    example: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    size_a: np.ndarray
+    size_b: np.ndarray
+    arrival: np.ndarray
+    key: np.ndarray
+
+
+@numba.njit(cache=True, nogil=True)
+def whole_size(
+    v: Variants, e: Examples, i: int, start: int, room_a: int, room_b: int
+) -> tuple[int, int]:
+    """What example i from token `start` on takes of a row, (-1, -1) where it must be cut."""
+    n = e.length[i] - start
+    variant = e.variant[i]
+    if v.kind[variant] == PAIR:
+        a, b = e.num_inputs[i] + 1, n + 1
+        if v.constants[3] == 1:
+            return a + b, 0
+        return a, b
+    if n > v.limit[variant]:
+        return -1, -1
+    a, b = sizes(v, variant, n, combine(e.key[i], start))
+    if a > room_a or b > room_b:
+        return -1, -1
+    return a, b
+
+
+@numba.njit(cache=True, nogil=True)
+def piece_length(
+    v: Variants, variant: int, n: int, key: np.uint64, room_a: int, room_b: int, empty: bool
+) -> int:
+    """The longest piece to cut off the front of n tokens; 0 if none should be.
+
+    Leaves no crumb below MIN_PIECE and takes none, except that an empty row must take something.
+    """
+    length = fit(v, variant, n, key, room_a, room_b)
+    if length == n:
+        return n
+    trimmed = min(length, n - MIN_PIECE)
+    if trimmed >= MIN_PIECE:
+        return trimmed
+    return length if empty else 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _grown(array: np.ndarray) -> np.ndarray:
+    out = np.empty(2 * len(array), array.dtype)
+    out[: len(array)] = array
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _best_whole(
+    pool: _Pool, count: int, room_a: int, room_b: int, per_a: float, per_b: float
+) -> tuple[int, float, int]:
+    """The best of the examples that fit whole: (slot or -1, cost, slot of the oldest)."""
+    best, best_cost, oldest = -1, 1e30, 0
+    for i in range(count):
+        if pool.arrival[i] < pool.arrival[oldest]:
+            oldest = i
+        a, b = pool.size_a[i], pool.size_b[i]
+        if a <= 0 or a > room_a or b > room_b:
+            continue
+        left_a, left_b = (room_a - a) * per_a, (room_b - b) * per_b
+        worst = max(left_a, left_b)
+        cost = worst + _CLOSES if worst <= TOLERANCE else 2.0 * abs(left_a - left_b) + worst
+        if cost < best_cost:
+            best, best_cost = i, cost
+    return best, best_cost, oldest
+
+
+@numba.njit(cache=True, nogil=True)
+def _best_cut(
+    v: Variants,
+    e: Examples,
+    pool: _Pool,
+    count: int,
+    long: bool,
+    room: tuple[int, int],
+    per: tuple[float, float],
+    empty: bool,
+) -> tuple[int, int, float]:
+    """The best piece of a document: (slot or -1, tokens, worst waste left on either side).
+
+    Looks at documents longer than a row, or at the others, in pool order. Under span corruption
+    the piece that fits is the same for every document, so one of each variant is enough.
+    """
+    best, best_length, best_worst = -1, 0, 1e30
+    tries = 0
+    seen = 0  # bits: variants looked at
+    for i in range(count):
+        variant = e.variant[pool.example[i]]
+        if (pool.size_a[i] < 0) != long or v.kind[variant] == PAIR:
+            continue
+        if (seen >> variant) & 1:
+            continue
+        tries += 1
+        length = piece_length(
+            v, variant, pool.length[i], pool.key[i], room[0], room[1], empty
+        )
+        if length > 0:
+            if v.kind[variant] == SPAN:
+                seen |= 1 << variant
+            a, b = sizes(v, variant, length, pool.key[i])
+            worst = max((room[0] - a) * per[0], (room[1] - b) * per[1])
+            if worst < best_worst:
+                best, best_length, best_worst = i, length, worst
+        if tries >= _MAX_TRIES:
+            break
+    return best, best_length, best_worst
+
+
+@numba.njit(cache=True, nogil=True)
+def _opening(
+    v: Variants,
+    variant: int,
+    pool: _Pool,
+    slot: int,
+    full: tuple[int, int],
+    per: tuple[float, float],
+) -> int:
+    """How much of a long document opens a row: all that fits, or half where that is lopsided."""
+    n, key = pool.length[slot], pool.key[slot]
+    length = piece_length(v, variant, n, key, full[0], full[1], True)
+    a, b = sizes(v, variant, length, key)
+    if max((full[0] - a) * per[0], (full[1] - b) * per[1]) > _LOPSIDED:
+        half = piece_length(v, variant, n, key, full[0] // 2, full[1] // 2, False)
+        length = half if half > 0 else length
+    return length
+
+
+@numba.njit(cache=True, nogil=True)
+def _choose(
+    v: Variants,
+    e: Examples,
+    pool: _Pool,
+    count: int,
+    arrivals: int,
+    room: tuple[int, int],
+    full: tuple[int, int],
+) -> tuple[int, int]:
+    """What to put into the row next: (slot, tokens), slot -1 to close the row."""
+    per = (1.0 / full[0], 1.0 / full[1] if full[1] > 0 else 0.0)
+    empty = room == full
+    slot, cost, oldest = _best_whole(pool, count, room[0], room[1], per[0], per[1])
+    if cost < -1.0:
+        return slot, pool.length[slot]
+    cut, length, worst = _best_cut(v, e, pool, count, True, room, per, empty)
+    if cut >= 0 and worst <= TOLERANCE:
+        return cut, length
+    if empty and pool.size_a[oldest] > 0:
+        return oldest, pool.length[oldest]
+    if empty and pool.arrival[oldest] + _PATIENCE < arrivals:
+        return oldest, _opening(v, e.variant[pool.example[oldest]], pool, oldest, full, per)
+    if slot >= 0:
+        return slot, pool.length[slot]
+    if cut >= 0:
+        return cut, length
+    if max(room[0] * per[0], room[1] * per[1]) > TOLERANCE:
+        cut, length, worst = _best_cut(v, e, pool, count, False, room, per, empty)
+    return cut, length
+
+
+@numba.njit(cache=True, nogil=True)
+def _enter(
+    v: Variants, e: Examples, pool: _Pool, slot: int, i: int, start: int, full: tuple[int, int]
+) -> None:
+    """Puts example i, from token `start` on, into a slot of the pool."""
+    pool.example[slot] = i
+    pool.start[slot] = start
+    pool.length[slot] = e.length[i] - start
+    pool.key[slot] = combine(e.key[i], start)
+    pool.size_a[slot], pool.size_b[slot] = whole_size(v, e, i, start, full[0], full[1])
+
+
+@numba.njit(cache=True, nogil=True)
+def _leave(pool: _Pool, slot: int, last: int) -> None:
+    """Frees a slot by moving the last one into it."""
+    for array in (pool.example, pool.start, pool.length, pool.size_a, pool.size_b, pool.arrival):
+        array[slot] = array[last]
+    pool.key[slot] = pool.key[last]
+
+
+@numba.njit(cache=True, nogil=True)
+def pack(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
+    """Plans full rows; every token of every example is in exactly one piece.
+
+    Args:
+      v: the objective's variants.
+      e: the examples in the order in which they should be seen, roughly kept. Pairs must fit a row.
+      room_a, room_b: capacities of a row; room_b is 0 for one stack.
+    """
+    full = (room_a, room_b)
+    zeros = np.zeros
+    n = np.int64
+    pool = _Pool(
+        zeros(POOL, n), zeros(POOL, n), zeros(POOL, n), zeros(POOL, n), zeros(POOL, n),
+        zeros(POOL, n), zeros(POOL, np.uint64),
+    )  # fmt: skip
+    total = len(e.length)
+    example, start, length = np.empty(total + 16, n), np.empty(total + 16, n), np.empty(total + 16, n)
+    row_offsets = np.zeros(total // 4 + 16, n)
+    pieces, rows, count, arrivals = 0, 0, 0, 0
+    room = full
+    while True:
+        while count < POOL and arrivals < total:
+            if e.length[arrivals] > 0 or e.num_inputs[arrivals] > 0:  # an empty text is no example
+                _enter(v, e, pool, count, arrivals, 0, full)
+                pool.arrival[count] = arrivals
+                count += 1
+            arrivals += 1
+        slot, tokens = -1, 0
+        if count > 0:
+            slot, tokens = _choose(v, e, pool, count, arrivals, room, full)
+        if slot < 0:
+            if room != full:
+                rows += 1
+                if rows == len(row_offsets):
+                    row_offsets = _grown(row_offsets)
+                row_offsets[rows] = pieces
+                room = full
+            if count == 0:
+                break
+            continue
+        i = pool.example[slot]
+        if pieces == len(example):
+            example, start, length = _grown(example), _grown(start), _grown(length)
+        example[pieces], start[pieces], length[pieces] = i, pool.start[slot], tokens
+        pieces += 1
+        if tokens < pool.length[slot]:
+            a, b = sizes(v, e.variant[i], tokens, pool.key[slot])
+            _enter(v, e, pool, slot, i, pool.start[slot] + tokens, full)
+        else:
+            a, b = pool.size_a[slot], pool.size_b[slot]
+            if a < 0:
+                a, b = sizes(v, e.variant[i], tokens, pool.key[slot])
+            count -= 1
+            _leave(pool, slot, count)
+        room = (room[0] - a, room[1] - b)
+    joined = np.zeros(pieces, np.uint8)
+    return Pieces(
+        example[:pieces], start[:pieces], length[:pieces], joined, row_offsets[: rows + 1].copy()
+    )
+
+
+@numba.njit(cache=True, nogil=True)
+def separate(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
+    """One piece per row: whole examples, and long documents cut into as few pieces as fit."""
+    total = len(e.length)
+    example = np.empty(total + 16, np.int64)
+    start, length = np.empty(total + 16, np.int64), np.empty(total + 16, np.int64)
+    pieces = 0
+    for i in range(total):
+        at = 0
+        if e.length[i] == 0 and e.num_inputs[i] == 0:
+            continue
+        while True:
+            tokens = e.length[i] - at
+            if whole_size(v, e, i, at, room_a, room_b)[0] < 0:
+                tokens = piece_length(
+                    v, e.variant[i], tokens, combine(e.key[i], at), room_a, room_b, True
+                )
+            if pieces == len(example):
+                example, start, length = _grown(example), _grown(start), _grown(length)
+            example[pieces], start[pieces], length[pieces] = i, at, tokens
+            pieces += 1
+            at += tokens
+            if at >= e.length[i]:
+                break
+    return Pieces(
+        example[:pieces],
+        start[:pieces],
+        length[:pieces],
+        np.zeros(pieces, np.uint8),
+        np.arange(pieces + 1),
+    )
+
+
+@numba.njit(cache=True, nogil=True)
+def concatenate(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
+    """T5's `reduce_concat_tokens` and `split_tokens`: rows of one segment that spans documents.
+
+    Documents are joined without a mark between them. Not for pairs.
+    """
+    total = len(e.length)
+    example = np.empty(total + 16, np.int64)
+    start, length = np.empty(total + 16, np.int64), np.empty(total + 16, np.int64)
+    joined = np.empty(total + 16, np.uint8)
+    row_offsets = np.zeros(total // 4 + 16, np.int64)
+    pieces, rows, want = 0, 0, 0
+    for i in range(total):
+        at = 0
+        while at < e.length[i]:
+            if pieces == len(example):
+                example, start, length = _grown(example), _grown(start), _grown(length)
+                joined = _grown(joined)
+            first = want == 0
+            if first:
+                if rows + 1 == len(row_offsets):
+                    row_offsets = _grown(row_offsets)
+                row_offsets[rows] = pieces
+                rows += 1
+                want = fit(v, e.variant[i], 1 << 30, combine(e.key[i], at), room_a, room_b)
+            tokens = min(want, e.length[i] - at)
+            example[pieces], start[pieces], length[pieces] = i, at, tokens
+            joined[pieces] = 0 if first else 1
+            pieces += 1
+            at += tokens
+            want -= tokens
+    row_offsets[rows] = pieces
+    return Pieces(
+        example[:pieces],
+        start[:pieces],
+        length[:pieces],
+        joined[:pieces],
+        row_offsets[: rows + 1].copy(),
+    )
