@@ -165,8 +165,8 @@ def _operative(checker: Checker, stage: str) -> str:
         lines.append(f"{name} = {show(mapped(source.value, lambda v, s=source: rename(v, s)))}")
     owner = None
     for (scope, target, parameter), (value, source) in settings.items():
-        if (scope, target) != owner:
-            owner = (scope, target)
+        if target is not owner:
+            owner = target
             lines += ["", f"# {full_name(target)}"]
         left = ".".join((*aliases[target], parameter))
         value = mapped(value, lambda v, s=source: rename(v, s))
@@ -185,7 +185,7 @@ def _settings(checker: Checker) -> dict[tuple, tuple[object, Binding | None]]:
             if parameter.name in node.bound:
                 source = node.bound[parameter.name]
                 settings[keys[parameter.name]] = (source.value, source)
-            elif parameter.default is not MISSING and _literal(parameter.default):
+            elif node.called and parameter.default is not MISSING and _literal(parameter.default):
                 settings.setdefault((scope, node.target, parameter.name), (parameter.default, None))
         for name, source in node.bound.items():  # those that only **kwargs takes
             settings[keys[name]] = (source.value, source)
@@ -254,16 +254,15 @@ def check_same_run(
     path = pathlib.Path(model_dir) / JSON_NAME
     if not path.exists():
         return
-    saved = dict(_flat(read_saved(model_dir)))
+    saved = dict(_flat(_with_defaults(read_saved(model_dir), config)))
     now = dict(_flat(json.loads(json.dumps(to_json(config)))))
-    defaults = dict(_default_leaves(config))
     if saved.get("class") != now["class"]:
         differing = [f"{saved.get('class')} ran there, this is {now['class']}"]
     else:
         differing = [
             f"{name}: {saved.get(name)!r} there, {now.get(name)!r} here"
             for name in dict.fromkeys((*saved, *now))
-            if saved.get(name, defaults.get(name)) != now.get(name)
+            if saved.get(name) != now.get(name)
             and not any(f"{name}.".startswith(f"{free}.") for free in ("model_dir", *may_change))
         ]
     if differing:
@@ -366,16 +365,20 @@ def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
         yield prefix, value
 
 
-def _default_leaves(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """The defaults of all fields: what a run meant that was saved before a field existed."""
+def _with_defaults(saved: Any, config: object) -> Any:
+    """Adds the defaults of fields that did not exist when a run was saved: what it meant then."""
+    if not isinstance(saved, dict):
+        return saved
+    filled = dict(saved)
     for field in dataclasses.fields(config):
-        name, value = f"{prefix}{field.name}", getattr(config, field.name)
-        if field.default_factory is not MISSING:
-            yield from _flat(json.loads(json.dumps(to_json(field.default_factory()))), name)
-        elif field.default is not MISSING:
-            yield from _flat(json.loads(json.dumps(to_json(field.default))), name)
-        if dataclasses.is_dataclass(value):
-            yield from _default_leaves(value, f"{name}.")
+        value = getattr(config, field.name)
+        if field.name in saved and dataclasses.is_dataclass(value):
+            filled[field.name] = _with_defaults(saved[field.name], value)
+        elif field.name not in saved and field.default_factory is not MISSING:
+            filled[field.name] = to_json(field.default_factory())
+        elif field.name not in saved and field.default is not MISSING:
+            filled[field.name] = to_json(field.default)
+    return filled
 
 
 # Printing.

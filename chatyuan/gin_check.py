@@ -53,11 +53,15 @@ BROKEN = _Broken()
 
 @dataclasses.dataclass
 class Node:
-    """One class or function as built in one scope, with the bindings it took."""
+    """One class or function as used in one scope, with the bindings it took.
+
+    `called` is false for one that is passed on without being called.
+    """
 
     scope: str
     target: Builder
     bound: dict[str, Binding]
+    called: bool
 
 
 class Checker:
@@ -213,6 +217,9 @@ class Checker:
             options = ", ".join(sorted(map(full_name, found.values())))
             self._problem(place, f"{selector} is ambiguous; write one of {options}.")
             return None
+        for file in self._files():
+            if selector.split(".")[0] in self._symbols.get(id(file), {}):
+                return self.find(selector, place, file)
         module, _, attribute = selector.rpartition(".")
         if module:
             try:
@@ -286,7 +293,7 @@ class Checker:
         source = binding
         while isinstance(source.value, Macro) and source.value.name in self.macros:
             source = self.macros[source.value.name]
-        text = complaint(value, annotation)
+        text = complaint(value, annotation, shell=source.file.path is None)
         if source is binding:
             self._problem(binding.place, f"{name} {text}")
         else:
@@ -320,7 +327,7 @@ class Checker:
 
     def build(self, target: Builder, scope: str = "") -> object:
         """Calls `target` with what is bound to it in `scope`; BROKEN if a problem forbids it."""
-        arguments, broken = self._arguments(target, scope)
+        arguments, broken = self._arguments(target, scope, called=True)
         known, _ = self.parameters(target)
         for parameter in known.values():
             if parameter.name not in arguments and parameter.default is MISSING:
@@ -334,9 +341,11 @@ class Checker:
             self._problem("", f"{full_name(target)}: {error}")
             return BROKEN
 
-    def _arguments(self, target: Builder, scope: str) -> tuple[dict[str, object], bool]:
+    def _arguments(
+        self, target: Builder, scope: str, called: bool
+    ) -> tuple[dict[str, object], bool]:
         bound = self.bound(target, scope)
-        self.nodes.append(Node(scope, target, bound))
+        self.nodes.append(Node(scope, target, bound, called))
         self._stack.append((target, scope))
         arguments, broken = {}, False
         for name, binding in bound.items():
@@ -400,7 +409,7 @@ class Checker:
             return BROKEN
         if reference.evaluate:
             return self.build(target, scope)
-        arguments, broken = self._arguments(target, scope)
+        arguments, broken = self._arguments(target, scope, called=False)
         if broken:
             return BROKEN
         return functools.partial(target, **arguments) if arguments else target

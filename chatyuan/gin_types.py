@@ -150,10 +150,17 @@ def describe(annotation: object) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def complaint(value: object, annotation: object) -> str:
-    """Says `= VALUE should be TYPE, got TYPE.` and what to write, for a value that does not fit."""
+def complaint(value: object, annotation: object, shell: bool = False) -> str:
+    """Says `= VALUE should be TYPE, got TYPE.` and what to write, for a value that does not fit.
+
+    Args:
+        value: the value.
+        annotation: what it does not fit.
+        shell: whether it was typed in a shell, which takes one layer of quotes away.
+    """
     got = "" if _choices(annotation) and isinstance(value, str) else f", got {_kind(value)}"
-    return f"= {_show(value)} should be {describe(annotation)}{got}.{_remedy(value, annotation)}"
+    remedy = _remedy(value, annotation, shell)
+    return f"= {_show(value)} should be {describe(annotation)}{got}.{remedy}"
 
 
 def _kind(value: object) -> str:
@@ -172,10 +179,11 @@ def _show(value: object) -> str:
     return show(value)
 
 
-def _remedy(value: object, annotation: object) -> str:
+def _remedy(value: object, annotation: object, shell: bool) -> str:
     for other in _alternatives(value):
         if fits(other, annotation):
-            return f" Write {_show(other)}."
+            text = _show(other)
+            return f' Write "{text}".' if shell and "'" in text else f" Write {text}."
     if isinstance(value, str):
         return did_you_mean(value, [c for c in _choices(annotation) if isinstance(c, str)])
     return ""
