@@ -12,6 +12,7 @@ from chatyuan.models.cache import DecodeCache
 from chatyuan.models.config import ModelConfig
 from chatyuan.models.layers import Einsum, Embedder, truncated_normal
 from chatyuan.models.stack import Block, Stack
+from chatyuan.ops.matmul import linear
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -57,7 +58,7 @@ class LanguageModel(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """Returns float32 logits [..., V] of `hidden` [..., D]."""
         weight = self.head_weight().astype(hidden.dtype)
-        return jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
+        return linear(hidden, weight, "float32")
 
     def step(self, tokens: Array, cache: DecodeCache) -> tuple[Array, DecodeCache]:
         """Returns the logits after one more token per row, and the cache that holds it.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chatyuan.models.config import ModelConfig
+from chatyuan.ops.matmul import linear
 
 Array = jax.Array
 Initializer = Callable[[Array, tuple[int, ...]], Array]
@@ -87,7 +88,7 @@ class Einsum(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Returns the product in the dtype of `x`."""
-        return jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        return linear(x, self.kernel[...].astype(x.dtype))
 
 
 class RMSNorm(nnx.Module):
