@@ -329,20 +329,25 @@ def to_json(value: object) -> Any:
 
 
 def from_json(annotation: Any, value: Any) -> Any:
-    """Undoes `to_json` for an annotation: dataclasses, tuples and functions come back."""
+    """Undoes `to_json`, or `dataclasses.asdict`, for an annotation.
+
+    Dataclasses, tuples and functions come back; fields that are missing take their defaults.
+
+    Raises:
+        UserError: a dataclass of another kind, or a field that the dataclass does not have.
+    """
     arms = typing.get_args(annotation)
     origin = typing.get_origin(annotation)
-    if isinstance(value, dict) and "class" in value:
-        options = [arm for arm in (annotation, *arms) if dataclasses.is_dataclass(arm)]
-        named = [arm for arm in options if full_name(arm) == value["class"]] or options
+    options = [arm for arm in (annotation, *arms) if dataclasses.is_dataclass(arm)]
+    if isinstance(value, dict) and (options or "class" in value):
+        named = [arm for arm in options if full_name(arm) == value.get("class")] or options
         if not named:
-            raise ValueError(f"{value['class']} where {describe(annotation)} is expected")
-        cls = named[0]
-        hints = typing.get_type_hints(cls)
+            raise UserError(f"{value['class']} where {describe(annotation)} is expected.")
+        hints = typing.get_type_hints(named[0])
         items = {name: item for name, item in value.items() if name != "class"}
         for name in set(items) - set(hints):
-            raise ValueError(f"{cls.__name__} has no {name}.{did_you_mean(name, hints)}")
-        return cls(**{name: from_json(hints[name], item) for name, item in items.items()})
+            raise UserError(f"{named[0].__name__} has no {name}.{did_you_mean(name, hints)}")
+        return named[0](**{name: from_json(hints[name], item) for name, item in items.items()})
     if origin in (typing.Union, types.UnionType):
         some = [arm for arm in arms if arm is not type(None)]
         return None if value is None else from_json(some[0], value) if len(some) == 1 else value

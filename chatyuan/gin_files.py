@@ -355,5 +355,8 @@ def _rename_macros(value: object) -> object:
 
 
 def _first_line(error: Exception) -> str:
+    token = re.search(r"Failed to parse token '(.*)'$", str(error.args[0]), re.DOTALL)
+    if token:
+        return f"{token.group(1)} is not a value; a string needs quotes."
     message = str(error.args[0]).strip().split("\n")[0].rstrip(" .")
     return f"{message}."

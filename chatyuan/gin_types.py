@@ -167,7 +167,9 @@ def _kind(value: object) -> str:
     if not isinstance(value, Target):
         return type(value).__name__
     if value.evaluate:
-        return f"a {value.target.__name__}" if inspect.isclass(value.target) else "its result"
+        target = value.target  # its full name, for it may be another class of the same name
+        name = f"{target.__module__}.{target.__qualname__}"
+        return f"a {name}" if inspect.isclass(target) else "its result"
     return f"the {'class' if inspect.isclass(value.target) else 'function'} itself"
 
 

@@ -114,10 +114,15 @@ def parse(argv: Sequence[str]) -> Command:
     command = Command()
     words = iter(argv)
     for word in words:
-        if word == "-h":
+        if word == "--":  # only words follow
+            for rest in words:
+                _add_word(command, rest)
+        elif word == "-h":
             command.switches.add("help")
-        elif not word.startswith("--") or word == "--":
+        elif not word.startswith("-") or word == "-":
             _add_word(command, word)
+        elif not word.startswith("--"):
+            raise UserError(f"{word} is unknown; flags have two dashes: -{word}.")
         else:
             name, equals, value = word[2:].partition("=")
             if name.startswith("gin."):

@@ -194,7 +194,7 @@ MISTAKES = {
     ),
     "another class": (
         "fake.Config.model = @fake.DataConfig()",
-        ["@fake.DataConfig() should be ModelConfig, got a DataConfig."],
+        ["@fake.DataConfig() should be ModelConfig, got a chatyuan.stages.fake.DataConfig."],
     ),
     "a reference for a number": ("fake.Config.train_steps = @fake.ModelConfig()", ["be int"]),
     "an unknown parameter": (
@@ -234,6 +234,10 @@ MISTAKES = {
     "a syntax error": (
         "SEED_DATA = = 3\nINPUT_LENGHT = 3",
         ["gin/recipes/mine.gin:3  Unable to parse value.  [SEED_DATA = = 3]", "mine.gin:4  INPUT"],
+    ),
+    "a word without quotes": (
+        "fake.Config.name = yuan",
+        ["mine.gin:3  yuan is not a value; a string needs quotes.  [fake.Config.name = yuan]"],
     ),
     "an unclosed bracket": ("\nSEED_DATA = (3,\n", ["gin/recipes/mine.gin:"]),
     "a syntax error on the last line": ("SEED_DATA =", ["gin/recipes/mine.gin:3  Unable to parse"]),
@@ -416,6 +420,8 @@ def test_a_part_of_a_saved_configuration_is_rebuilt(repository, tmp_path):
     assert configs.load_saved(tmp_path, "model", type(config.model)) == config.model
     text = json.dumps(configs.to_json(config))
     assert configs.from_json(type(config), json.loads(text)) == config
+    plain = json.loads(json.dumps(dataclasses.asdict(config.train)))
+    assert configs.from_json(type(config.train), plain) == config.train
     with pytest.raises(UserError, match="has no setting reward"):
         configs.load_saved(tmp_path, "reward", type(config.model))
     with pytest.raises(UserError, match="does not fit DataConfig: DataConfig has no"):

@@ -72,6 +72,7 @@ MISTAKES = {
     "fake --gin_fiel=x": "fake has no flag --gin_fiel. Did you mean --gin_file?",
     "fake --precompil": "fake has no flag --precompil. Did you mean --precompile?",
     "fake --TRAIN_STEPS=3": "--TRAIN_STEPS is unknown; settings are written --gin.TRAIN_STEPS=",
+    "fake -dry_run": "-dry_run is unknown; flags have two dashes: --dry_run.",
     "fake --gin_file": "--gin_file has no value; write --gin_file=VALUE.",
     "fake --dry_run=5": "--dry_run=5 should be --dry_run, without a value.",
     "fake --gin.BATCH_SIZE=3": "  - --gin.BATCH_SIZE  BATCH_SIZE is set but nothing uses it.",
@@ -95,6 +96,12 @@ def test_a_mistake_is_one_message_and_status_2(repository, capsys, line):
 def test_debug_shows_the_traceback(repository, capsys):
     assert run(["fakee", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_words_after_two_dashes_are_arguments():
+    command = main.parse(["fake", "-", "--dry_run", "--", "--odd", "-name"])
+    assert command.arguments == ["-", "--odd", "-name"]
+    assert command.switches == {"dry_run"}
 
 
 def test_debug_can_be_switched_off_as_absl_flags_are(repository):
