@@ -1,0 +1,264 @@
+"""Curves of a run as PNG files, drawn from metrics.jsonl. A helper of `chatyuan.report`.
+
+matplotlib is imported here only, when something is drawn; never through pyplot, which keeps global
+state. Texts inside the pictures are English: its default fonts have no Chinese glyphs.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from chatyuan.metrics import METRICS, quantity, read_rows
+
+PLOTS = "plots"
+BLUE, ORANGE, GREY, GREEN, RED = "#1f5fa8", "#d9730d", "#8a8f98", "#2e8540", "#b3261e"
+CYCLE = (ORANGE, GREEN, RED, "#7b4fa3", "#0f8b8d", "#6b4f3a")
+PANELS = 12  # evaluation figures drawn; the table in the report has them all
+
+Series = tuple[list[float], list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """One picture: its file and what it shows, for the text beside it."""
+
+    path: pathlib.Path
+    caption: str
+
+
+def draw(model_dir: str | os.PathLike[str]) -> list[Plot]:
+    """Draws the curves of MODEL_DIR/metrics.jsonl into MODEL_DIR/plots/.
+
+    Figures that were not reported give no picture; with fewer than two reports there is nothing to
+    draw. Every file is replaced at once, so a viewer never sees half of one.
+
+    Returns:
+      The pictures in reading order: loss, learning rate, throughput, gradient norm, evaluation.
+    """
+    folder = pathlib.Path(model_dir) / PLOTS
+    rows = read_rows(pathlib.Path(model_dir) / METRICS)
+    makers: tuple[tuple[str, str, Callable[[Sequence[Mapping[str, Any]]], Any]], ...] = (
+        ("loss.png", "Loss", _loss),
+        ("learning_rate.png", "Learning rate", _learning_rate),
+        ("throughput.png", "Throughput", _throughput),
+        ("grad_norm.png", "Gradient norm", _grad_norm),
+        ("evaluation.png", "Evaluation", _evaluation),
+    )
+    made = []
+    for name, caption, maker in makers:
+        figure = maker(rows)
+        if figure is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            tmp = folder / (name + ".tmp")
+            figure.savefig(tmp, format="png", dpi=110)
+            os.replace(tmp, folder / name)
+            made.append(Plot(folder / name, caption))
+    return made
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> Series:
+    """Returns the (steps, values) of one figure, without the reports that lack it or have null."""
+    pairs = [
+        (row["step"], row[name])
+        for row in rows
+        if isinstance(row.get(name), int | float) and not isinstance(row[name], bool)
+    ]
+    return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
+
+
+def evaluation_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the evaluation figures (names with a slash) in the order of first appearance."""
+    names: dict[str, None] = {}
+    for row in rows:
+        names.update(
+            (name, None)
+            for name, value in row.items()
+            if "/" in name and (value is None or isinstance(value, int | float))
+        )
+    return list(names)
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Returns centred moving means over `width` values, fewer at the ends (no lag, no bias)."""
+    half, sums = width // 2, [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    smoothed = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        smoothed.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
+    return smoothed
+
+
+def _figure(title: str, y_label: str, size: tuple[float, float] = (7.6, 4.2)) -> tuple[Any, Any]:
+    """Returns (figure, axes) in the house style."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes, title, y_label)
+    return figure, axes
+
+
+def _style(axes: Any, title: str, y_label: str) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    axes.set_ylabel(y_label)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(round(x))))
+    axes.grid(True, color="#e3e5e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plain_log(axes: Any) -> None:
+    """Makes the y axis logarithmic with plain numbers at round places instead of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    low, high = axes.get_ylim()
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    decades = math.log10(high / low)
+    subs = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if decades < 1 else (1, 2, 5) if decades < 2 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _curve(axes: Any, steps: list[float], values: list[float], label: str, color: str) -> None:
+    """Draws raw values faintly under their smoothed curve; few values are shown as they are."""
+    if len(values) < 20:
+        axes.plot(steps, values, color=color, linewidth=1.8, marker="o", markersize=3, label=label)
+        return
+    width = max(3, len(values) // 40) | 1
+    axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
+    axes.plot(steps, smooth(values, width), color=color, linewidth=1.8, label=label)
+
+
+def _loss(rows: Sequence[Mapping[str, Any]]) -> Any:
+    steps, values = series(rows, "loss")
+    held_out = [
+        (name, *series(rows, name))
+        for name in evaluation_names(rows)
+        if name.rsplit("/", 1)[-1] == "loss"
+    ]
+    shown = [values, *(v for _, _, v in held_out)]
+    if max(map(len, shown)) < 2:
+        return None
+    figure, axes = _figure("Loss", "cross entropy per target token (nats)")
+    if len(values) >= 2:
+        _curve(axes, steps, values, "training", BLUE)
+    for (name, at, of), color in zip(held_out[: len(CYCLE)], CYCLE, strict=False):
+        axes.plot(at, of, color=color, linewidth=1.6, marker="o", markersize=4, label=_ascii(name))
+    everything = [value for part in shown for value in part]
+    low, high = min(everything), max(everything)
+    if low > 0 and high > 2.5 * low:  # the fall at the start would flatten all the rest
+        axes.set_ylim(low / 1.07, high * 1.07)
+        _plain_log(axes)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _learning_rate(rows: Sequence[Mapping[str, Any]]) -> Any:
+    steps, values = series(rows, "learning_rate")
+    if len(values) < 2:
+        return None
+    figure, axes = _figure("Learning rate", "learning rate")
+    axes.plot(steps, values, color=BLUE, linewidth=1.8)
+    axes.set_ylim(bottom=0, top=max(values) * 1.08 or 1)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+    return figure
+
+
+def _throughput(rows: Sequence[Mapping[str, Any]]) -> Any:
+    from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+    steps, values = series(rows, "tokens_per_second")
+    if len(values) < 2:
+        return None
+    figure, axes = _figure("Throughput", "tokens per second, without padding")
+    _curve(axes, steps, values, "tokens per second", BLUE)
+    axes.set_ylim(bottom=0, top=max(values) * 1.12)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: quantity(round(y))))
+    at, mfu = series(rows, "mfu")
+    if len(mfu) >= 2:
+        right = axes.twinx()
+        right.plot(at, mfu, color=ORANGE, linewidth=1.4, label="MFU")
+        right.set_ylim(0, max(mfu) * 1.6)
+        right.set_ylabel("model FLOPs utilisation", color=ORANGE)
+        right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        right.spines[["top"]].set_visible(False)
+    middle = sorted(values)[len(values) // 2]
+    axes.axhline(middle, color=GREY, linewidth=1, linestyle="--")
+    axes.annotate(
+        f"median {quantity(round(middle))}",
+        (1, middle),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, -12),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9,
+        color="#555a61",
+    )
+    return figure
+
+
+def _grad_norm(rows: Sequence[Mapping[str, Any]]) -> Any:
+    steps, values = series(rows, "grad_norm")
+    if len(values) < 2:
+        return None
+    figure, axes = _figure("Gradient norm", "global norm before clipping")
+    _curve(axes, steps, values, "gradient norm", BLUE)
+    low, high = min(values), max(values)
+    if low > 0 and high > 4 * low:
+        axes.set_ylim(low / 1.2, high * 1.2)
+        _plain_log(axes)
+    else:
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def _evaluation(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Draws one small panel for each evaluation figure with at least two values."""
+    from matplotlib.figure import Figure
+
+    drawn = [
+        (name, steps, values)
+        for name in evaluation_names(rows)
+        for steps, values in [series(rows, name)]
+        if len(values) >= 2
+    ][:PANELS]
+    if not drawn:
+        return None
+    columns = 2 if len(drawn) in (2, 4) else min(3, len(drawn))
+    lines = math.ceil(len(drawn) / columns)
+    width = 7.6 if columns < 3 else 10.5
+    figure = Figure(figsize=(width if columns > 1 else 6, 2.9 * lines), layout="constrained")
+    for index, (name, steps, values) in enumerate(drawn):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        _style(axes, _ascii(name), "")
+        axes.title.set_fontsize(10)
+        axes.plot(steps, values, color=BLUE, linewidth=1.6, marker="o", markersize=4)
+        axes.margins(y=0.18)
+        axes.locator_params(axis="x", nbins=4)
+        axes.annotate(
+            f"{values[-1]:.4g}",
+            (steps[-1], values[-1]),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+        )
+        if index + columns < len(drawn):
+            axes.set_xlabel("")
+    return figure
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()
