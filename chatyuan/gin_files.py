@@ -31,6 +31,7 @@ T5X_LENGTHS = "TASK_FEATURE_LENGTHS"
 # T5X's macros without a counterpart -> why nothing uses them here.
 T5X_WITHOUT_COUNTERPART = {
     "LOSS_NORMALIZING_FACTOR": "T5X's macro has no counterpart: losses are per target token.",
+    "MIXTURE_OR_TASK_MODULE": "T5X's macro is cache.Config.task_modules = ('MODULE',) here.",
     "USE_CACHED_TASKS": "T5X's macro has no counterpart: tasks are always read from CACHE_DIR.",
 }
 
