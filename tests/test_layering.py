@@ -39,6 +39,7 @@ PARTS = {
     "gin_types": "configs",
     "gin_check": "configs",
     "checkpoint_files": "checkpoints",
+    "plots": "report",
 }
 TENSORFLOW = {"seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text", "t5"}
 # Stages that read sources rather than caches; the others must start without TensorFlow.
