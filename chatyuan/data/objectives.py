@@ -75,7 +75,7 @@ class ObjectiveConfig:
         "unilm: relative rates of masked, sequence-to-sequence, left-to-right, right-to-left",
     )
     mask_ngram_rate: float = _field(
-        0.2, "unilm: share of masking draws that take two or three tokens instead of one", "fraction"
+        0.2, "unilm: share of masking draws that take two or three tokens, not one", "fraction"
     )
     truncate_inputs: str = _field(
         "right", "which end of inputs that do not fit is cut: right, or left (keeps the last turn)"
@@ -165,9 +165,7 @@ def sizes(v: Variants, variant: int, n: int, key: np.uint64) -> tuple[int, int]:
 
 
 @numba.njit(cache=True, nogil=True)
-def fit(
-    v: Variants, variant: int, n: int, key: np.uint64, room_a: int, room_b: int
-) -> int:
+def fit(v: Variants, variant: int, n: int, key: np.uint64, room_a: int, room_b: int) -> int:
     """The longest prefix of a text of n tokens that fits into (room_a, room_b); 0 if none does."""
     low, high = 0, min(n, v.limit[variant])
     while low < high:
@@ -415,33 +413,31 @@ class Objective:
         write_pair(self.variants, variant, key, text, 0, inputs, targets, flags)
         return inputs, targets
 
-    def check_lengths(self, input_length: int, target_length: int) -> None:
-        """Raises UserError where a piece of MIN_PIECE tokens, or a pair of single tokens, does not fit.
+    def check_lengths(self, input_length: int, target_length: int, *, pairs: bool = False) -> None:
+        """Raises UserError where a piece of MIN_PIECE tokens (a pair of single ones) does not fit.
 
         Args:
           input_length, target_length: tokens of a row, end-of-sequence included; one stack has
             rows of their sum.
+          pairs: whether there are examples with inputs and targets of their own.
         """
-        room = self.room(input_length, target_length)
         v = self.variants
-        for variant, name in enumerate((*self.names, "pair")):
-            if v.kind[variant] == PAIR:
-                need_a, need_b = (4, 0) if self.decoder_only else (2, 2)
-            else:
-                pieces = [sizes(v, variant, MIN_PIECE, _extreme(u)) for u in (0, 1)]
-                need_a, need_b = max(p[0] for p in pieces), max(p[1] for p in pieces)
-            if need_a <= room[0] and need_b <= room[1]:
-                continue
+        needs = {"pair": (2, 2)} if pairs else {}
+        for variant, name in enumerate(self.names):
+            both = [pair_sizes(v, variant, MIN_PIECE, _extreme(u)) for u in (0, 1)]
+            need = max(a for a, _ in both), max(b for _, b in both)
             if self.decoder_only:
-                what = f"INPUT_LENGTH + TARGET_LENGTH = {room[0]} tokens"
-                remedy = f"--gin.INPUT_LENGTH={max(need_a - target_length, 0)}"
-            elif need_a > room[0]:
-                what, remedy = f"INPUT_LENGTH={input_length}", f"--gin.INPUT_LENGTH={need_a}"
-            else:
-                what, remedy = f"TARGET_LENGTH={target_length}", f"--gin.TARGET_LENGTH={need_b}"
+                need = (max(sum(each) for each in both) - target_length, 0)
+            needs[name] = need
+        for name, (need_a, need_b) in needs.items():
+            if need_a <= input_length and need_b <= target_length:
+                continue
+            macro, value, need = "INPUT_LENGTH", input_length, need_a
+            if need_a <= input_length:
+                macro, value, need = "TARGET_LENGTH", target_length, need_b
             raise UserError(
-                f"{what} is too short for one example of {self.config.name} ({name}), which takes "
-                f"at least {need_a} + {need_b} tokens. Use {remedy} or more."
+                f"{macro}={value} is too short for one example of {self.config.name} ({name}), "
+                f"which takes at least {need} tokens there. Use --gin.{macro}={need} or more."
             )
 
     def room(self, input_length: int, target_length: int) -> tuple[int, int]:
@@ -567,4 +563,3 @@ def _check_config(config: ObjectiveConfig, architecture: str) -> None:
         raise UserError(
             f"{name}mode_tokens names {', '.join(sorted(unknown))}, which no denoiser is called."
         )
-

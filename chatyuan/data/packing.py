@@ -19,6 +19,7 @@ import numpy as np
 from chatyuan.data.keyed import combine
 from chatyuan.data.objectives import MIN_PIECE, PAIR, SPAN, Variants, fit, sizes
 
+VERSION = 1  # of the plans; raise it with any change that moves an example
 POOL = 128  # examples that wait; more fill rows better and plan slower
 TOLERANCE = 0.004  # a row that wastes at most this share of either side is full
 _PATIENCE = 4 * POOL  # arrivals after which a long document starts a row by itself
@@ -148,9 +149,7 @@ def _best_cut(
         if (seen >> variant) & 1:
             continue
         tries += 1
-        length = piece_length(
-            v, variant, pool.length[i], pool.key[i], room[0], room[1], empty
-        )
+        length = piece_length(v, variant, pool.length[i], pool.key[i], room[0], room[1], empty)
         if length > 0:
             if v.kind[variant] == SPAN:
                 seen |= 1 << variant
@@ -251,7 +250,8 @@ def pack(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
         zeros(POOL, n), zeros(POOL, np.uint64),
     )  # fmt: skip
     total = len(e.length)
-    example, start, length = np.empty(total + 16, n), np.empty(total + 16, n), np.empty(total + 16, n)
+    example, start = np.empty(total + 16, n), np.empty(total + 16, n)
+    length = np.empty(total + 16, n)
     row_offsets = np.zeros(total // 4 + 16, n)
     pieces, rows, count, arrivals = 0, 0, 0, 0
     room = full
@@ -368,3 +368,12 @@ def concatenate(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
         joined[:pieces],
         row_offsets[: rows + 1].copy(),
     )
+
+
+@numba.njit(cache=True, nogil=True)
+def piece_keys(keys: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The key of each piece, from its example's key and its first token: uint64 [pieces]."""
+    out = np.empty(len(keys), np.uint64)
+    for i in range(len(keys)):
+        out[i] = combine(keys[i], starts[i])
+    return out

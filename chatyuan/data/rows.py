@@ -26,7 +26,7 @@ class Segments(NamedTuple):
 
     row: np.ndarray  # int64, row of the batch
     at: np.ndarray  # int64, first token in the gathered text
-    num_inputs: np.ndarray  # int64, tokens of a pair's inputs, which come first; else 0
+    num_inputs: np.ndarray  # int64, tokens of a pair's inputs, which come first; -1 for text
     length: np.ndarray  # int64, tokens of the text, or of a pair's inputs and targets
     variant: np.ndarray  # int64
     key: np.ndarray  # uint64

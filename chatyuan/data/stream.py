@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import threading
+import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -38,6 +39,7 @@ class Source:
     targets: Ragged
     inputs: Ragged | None = None  # None: plain text, to which the objective is applied
     rate: float = 1.0
+    fingerprint: str = ""  # of the cache's content
 
     @property
     def num_tokens(self) -> int:
@@ -53,6 +55,7 @@ class Block:
     document_e: np.ndarray  # int64
     examples: packing.Examples
     cut_inputs_e: np.ndarray  # int64, tokens of a pair's inputs left out on the left
+    truncated_e: np.ndarray  # uint8 [examples], 1: inputs truncated, 2: targets, 3: both
     pieces: packing.Pieces
     row_order: np.ndarray  # int64 [rows]
     totals: np.ndarray  # int64 [sources, len(TOTALS)]
@@ -181,7 +184,7 @@ class Planner:
     def block(self, index: int) -> Block:
         """Block `index`, planned."""
         source, document, key = self.order.block(index)
-        examples, cut, totals = self._examples(source, document, key)
+        examples, cut, truncated, totals = self._examples(source, document, key)
         pieces = self._plan(self.objective.variants, examples, *self.room)
         rows = len(pieces.row_offsets) - 1
         order = np.arange(rows)
@@ -191,15 +194,16 @@ class Planner:
             source[pieces.example], minlength=len(totals)
         )
         used = _used(self.objective.variants, examples, pieces)
-        return Block(source, document, examples, cut, pieces, order, totals, used)
+        return Block(source, document, examples, cut, truncated, pieces, order, totals, used)
 
     def _examples(
         self, source: np.ndarray, document: np.ndarray, key: np.ndarray
-    ) -> tuple[packing.Examples, np.ndarray, np.ndarray]:
+    ) -> tuple[packing.Examples, np.ndarray, np.ndarray, np.ndarray]:
         """Lengths after truncation of pairs, variants, and what was counted on the way."""
         num_inputs = np.zeros(len(source), np.int64)
         length = np.zeros(len(source), np.int64)
         cut = np.zeros(len(source), np.int64)
+        truncated = np.zeros(len(source), np.uint8)
         variant = np.zeros(len(source), np.int64)
         choose_variants(self.objective.variants, key, variant)
         totals = np.zeros((len(self.order.sources), len(TOTALS)), np.int64)
@@ -210,24 +214,25 @@ class Planner:
             rows = document[of]
             targets = ragged.targets.offsets[rows + 1] - ragged.targets.offsets[rows]
             inputs = np.zeros_like(targets)
-            long_inputs = long_targets = 0
             if ragged.inputs is not None:
                 inputs = ragged.inputs.offsets[rows + 1] - ragged.inputs.offsets[rows]
+                over = (inputs >= self.lengths[0]) + 2 * (targets >= self.lengths[1])
+                truncated[of] = over
                 kept = np.minimum(inputs, self.lengths[0] - 1)
-                long_inputs = int(np.count_nonzero(kept < inputs))
                 if left:
                     cut[of] = inputs - kept
-                inputs = kept
-                kept = np.minimum(targets, self.lengths[1] - 1)
-                long_targets = int(np.count_nonzero(kept < targets))
-                targets = kept
+                inputs, targets = kept, np.minimum(targets, self.lengths[1] - 1)
                 variant[of] = self.objective.pair_variant
             num_inputs[of], length[of] = inputs, targets
-            empty = int(np.count_nonzero(inputs + targets == 0))
-            totals[s] = (
-                len(rows), int((inputs + targets).sum()), 0, empty, long_inputs, long_targets
-            )  # fmt: skip
-        return packing.Examples(num_inputs, length, variant, key), cut, totals
+            totals[s, : len(TOTALS) - 1] = (
+                len(rows),
+                (inputs + targets).sum(),
+                0,  # pieces, known after planning
+                np.count_nonzero(inputs + targets == 0),
+                np.count_nonzero(truncated[of] & 1),
+            )
+            totals[s, -1] = np.count_nonzero(truncated[of] & 2)
+        return packing.Examples(num_inputs, length, variant, key), cut, truncated, totals
 
 
 @numba.njit(cache=True, nogil=True)
@@ -274,6 +279,11 @@ class BlockIndex:
         self._used: list[tuple[int, int]] = []
         self._saved = 0
         self._read()
+
+    @property
+    def unsaved(self) -> int:
+        """Blocks that a call to `save` would add; 0 without a path."""
+        return len(self._ends) - self._saved if self._path else 0
 
     def block(self, index: int) -> Block:
         """Block `index`; the last few are kept."""
@@ -341,7 +351,7 @@ class BlockIndex:
                 if str(stored["fingerprint"]) != self._fingerprint:
                     return
                 ends, totals, used = stored["ends"], stored["totals"], stored["used"]
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return  # an unreadable index costs time only
         self._ends = [int(end) for end in ends]
         self._totals = list(totals)
