@@ -1,0 +1,1 @@
+"""Cleaning without jax: deduplication."""
