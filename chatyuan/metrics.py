@@ -170,7 +170,7 @@ class Writer:
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
 
     def _to_tensorboard(self, row: Mapping[str, Any]) -> None:
         if self._tensorboard is None:
@@ -194,6 +194,8 @@ class Writer:
         if self._live is None:
             self._live = Live(console=Console(file=self._stream), auto_refresh=False)
             self._live.start()
+        if any("/" in name for name in row):  # evaluations stay on the screen
+            self.say(line)
         self._live.update(Text(line, overflow="ellipsis", no_wrap=True), refresh=True)
 
 
@@ -255,7 +257,7 @@ def truncate(path: str | os.PathLike[str], last_step: int) -> int:
                 os.fsync(file.fileno())
             os.replace(tmp, path)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     return dropped
 
 
@@ -319,7 +321,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def _unwritable(path: pathlib.Path, error: OSError) -> UserError:
+def unwritable(path: pathlib.Path, error: OSError) -> UserError:
+    """Returns the message for a file of MODEL_DIR that cannot be written."""
     return UserError(
         f"{path} cannot be written: {error.strerror or error}. Make room or fix the permissions, "
         "then start the same command again to continue from the newest checkpoint."

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from chatyuan.metrics import METRICS, quantity, read_rows
+from chatyuan.metrics import METRICS, quantity, read_rows, unwritable
 
 PLOTS = "plots"
 BLUE, ORANGE, GREY, GREEN, RED = "#1f5fa8", "#d9730d", "#8a8f98", "#2e8540", "#b3261e"
@@ -37,6 +37,9 @@ def draw(model_dir: str | os.PathLike[str]) -> list[Plot]:
 
     Returns:
       The pictures in reading order: loss, learning rate, throughput, gradient norm, evaluation.
+
+    Raises:
+      UserError: the folder cannot be written.
     """
     folder = pathlib.Path(model_dir) / PLOTS
     rows = read_rows(pathlib.Path(model_dir) / METRICS)
@@ -51,10 +54,13 @@ def draw(model_dir: str | os.PathLike[str]) -> list[Plot]:
     for name, caption, maker in makers:
         figure = maker(rows)
         if figure is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             tmp = folder / (name + ".tmp")
-            figure.savefig(tmp, format="png", dpi=110)
-            os.replace(tmp, folder / name)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                figure.savefig(tmp, format="png", dpi=110)
+                os.replace(tmp, folder / name)
+            except OSError as error:
+                raise unwritable(folder / name, error) from error
             made.append(Plot(folder / name, caption))
     return made
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chatyuan import __version__, plots
-from chatyuan.metrics import METRICS, SAMPLES, duration, quantity, read_rows
+from chatyuan.metrics import METRICS, SAMPLES, duration, quantity, read_rows, unwritable
 
 REPORT = "report.md"
 _SHORT = 60  # characters up to which a sample's texts share a table row
@@ -346,10 +346,13 @@ def _origin() -> str:
 
 
 def _write(folder: pathlib.Path, parts: Sequence[str]) -> pathlib.Path:
-    """Replaces folder/report.md."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Replaces folder/report.md. Raises UserError when it cannot be written."""
     path = folder / REPORT
     tmp = folder / (REPORT + ".tmp")
-    tmp.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    os.replace(tmp, path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tmp.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+        os.replace(tmp, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
     return path

@@ -129,10 +129,11 @@ def test_a_pipe_gets_lines_and_a_terminal_one_live_line(tmp_path):
     terminal = Terminal()
     with writer(tmp_path, stream=terminal) as out:
         out.write(3, {"loss": 1.0})
-        out.write(4, {"loss": 2.0})
+        out.write(4, {"loss": 2.0, "eval/loss": 7.5})
         out.say("[between]")
+        out.write(5, {"loss": 2.5})
     shown = terminal.getvalue()
-    assert "loss 2.0000" in shown and "[between]" in shown
+    assert "loss 2.5000" in shown and "eval/loss 7.5" in shown and "[between]" in shown
     assert "\x1b[2K" in shown  # the line was rewritten in place
 
 

@@ -1,5 +1,6 @@
 """report.md and its pictures."""
 
+import errno
 import html
 import io
 import json
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from chatyuan import plots, report
+from chatyuan.errors import UserError
 from chatyuan.metrics import Writer
 from chatyuan.report import Section, combine_reports, escape, table, write_report
 
@@ -157,6 +159,16 @@ def test_escaped_text_is_shown_as_it_is(text):
 def test_numbers_and_ordinary_text_stay_readable_in_the_file():
     assert escape("bits_per_byte 0.834 -1.5") == "bits_per_byte 0.834 -1.5"
     assert escape("\x1b[31m\x00") == "\ufffd\\[31m\ufffd"
+
+
+def test_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="report.md cannot be written"):
+        write_report(tmp_path / "file" / "x", title="x")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(plots.os, "replace", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(UserError, match="loss.png cannot be written: No space left on device"):
+        plots.draw(run)
 
 
 def test_tables():

@@ -29,6 +29,7 @@ from chatyuan.metrics import Writer, duration, peak_flops
 
 PyTree = Any
 Batch = Mapping[str, Any]
+FIRST = ("loss", "learning_rate", "grad_norm")  # of a report, for those who read the file
 TOKEN_COUNTS = ("input_tokens", "target_tokens")
 
 
@@ -333,7 +334,8 @@ class _Run:
     def _figures(self, step: int) -> dict[str, Any]:
         """Returns the report of the steps since the last one."""
         window = self.window
-        row = window.means()
+        means = window.means()
+        row = {name: means.pop(name) for name in FIRST if name in means}
         if window.timed_steps:
             seconds = window.seconds / window.timed_steps
             row["seconds_per_step"] = seconds
@@ -343,7 +345,7 @@ class _Run:
                 row["mfu"] = self._flops(step) / seconds / self.peak
         window.reset_times()
         gc.collect(1)
-        return row
+        return {**row, **means}
 
     def _flops(self, step: int) -> float:
         flops = self.flops_per_step

@@ -276,7 +276,7 @@ def test_steps_without_finite_gradient(tmp_path):
     # Interrupted in the middle of the row, the count goes on.
     again = tmp_path / "again"
     with pytest.raises(Killed):
-        run(again, checkpoints=CheckpointConfig(period=1),
+        run(again, checkpoints=CheckpointConfig(period=22),
             batches=lambda s: batches_then_kill(s, {20, 21, 22}, 22))  # fmt: skip
     with pytest.raises(TrainingFailed, match="3 steps in a row up to step 23"):
         run(again, batches=some, config={"max_nonfinite_steps": 3})
