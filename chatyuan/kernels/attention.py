@@ -3,13 +3,15 @@
 import jax
 
 from chatyuan.errors import UserError, did_you_mean
+from chatyuan.kernels.dense import dense_attention
 from chatyuan.kernels.masks import AttentionMask
 from chatyuan.kernels.reference import reference_attention
 from chatyuan.kernels.relative_bias import Bias, DenseBias
 
 Array = jax.Array
 
-IMPLEMENTATIONS = ("reference",)
+_FUNCTIONS = {"reference": reference_attention, "dense": dense_attention}
+IMPLEMENTATIONS = tuple(_FUNCTIONS)
 
 
 def select_implementation(implementation: str | None = None) -> tuple[str, str]:
@@ -19,7 +21,7 @@ def select_implementation(implementation: str | None = None) -> tuple[str, str]:
         UserError: the named implementation does not exist.
     """
     if implementation is None:
-        return "reference", "the only implementation"
+        return "dense", "runs on every platform with every mask and bias"
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
             f"Attention implementation {implementation!r} must be one of "
@@ -40,14 +42,14 @@ def prepare(
 ) -> tuple[AttentionMask | None, Bias | None]:
     """Returns mask and bias with the work that does not depend on the layer already done.
 
-    Call it once outside the layers: the mask becomes explicit intervals and, where the
-    implementation materialises the bias anyway, the bias becomes an array.
+    Call it once outside the layers: the mask becomes explicit intervals and the bias, which every
+    implementation so far materialises, an array.
     """
-    name, _ = select_implementation(implementation)
+    select_implementation(implementation)
     if mask is not None:
         start, end = mask.intervals(batch, q_len, kv_len)
         mask = AttentionMask(key_start=start, key_end=end)
-    if bias is not None and name == "reference":
+    if bias is not None:
         bias = DenseBias(bias.dense(q_len, kv_len))
     return mask, bias
 
@@ -79,5 +81,5 @@ def dot_product_attention(
     batch, _, heads, head_dim = query.shape
     assert key.shape == value.shape and key.shape[0] == batch, (query.shape, key.shape, value.shape)
     assert key.shape[3] == head_dim and heads % key.shape[2] == 0, (query.shape, key.shape)
-    select_implementation(implementation)
-    return reference_attention(query, key, value, mask=mask, bias=bias, scale=scale)
+    name, _ = select_implementation(implementation)
+    return _FUNCTIONS[name](query, key, value, mask=mask, bias=bias, scale=scale)
