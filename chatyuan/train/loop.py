@@ -30,7 +30,7 @@ from chatyuan.metrics import Writer, duration, peak_flops
 PyTree = Any
 Batch = Mapping[str, Any]
 FIRST = ("loss", "learning_rate", "grad_norm")  # of a report, for those who read the file
-TOKEN_COUNTS = ("input_tokens", "target_tokens")
+TOKENS = "_tokens"  # how the names of token counts end (input_tokens, target_tokens, ...)
 
 
 class TrainingFailed(RuntimeError):
@@ -102,7 +102,8 @@ def fit(
       config: see LoopConfig.
       state: has `step` and `params`; its buffers are donated to `train_step`.
       train_step: `(state, batch[, active_microbatches]) -> (state, {name: (sum, weight)})`, whose
-        metrics stay on the device. `nonfinite_steps` above 0 marks a step without finite gradient.
+        metrics stay on the device. `nonfinite_steps` above 0 marks a step without finite gradient,
+        names ending in `_tokens` count tokens.
       batches: `start_step -> iterator` over device-ready batches, the first being the one of step
         `start_step` (counted from 0). Its `close` is called at the end if it has one.
       writer: gets one report every `log_period` steps and at each evaluation.
@@ -155,13 +156,14 @@ class _Window:
     def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> float:
         """Adds one step's (sum, weight) pairs; returns its non-padding tokens."""
         values = {name: (float(s), float(w)) for name, (s, w) in metrics.items()}
-        skipped = values.pop("nonfinite_steps", None)
-        if skipped is None:
-            bad = not all(math.isfinite(s) for s, _ in values.values())
-        else:
-            bad = skipped[0] > 0
+        finite = all(math.isfinite(total) for total, _ in values.values())
+        bad = values.pop("nonfinite_steps", (float(not finite), 1))[0] > 0
         self.nonfinite += bad
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if bad else 0
+        # A train step that counts them itself knows better: its count travels with the state.
+        streak = values.pop("nonfinite_streak", None)
+        if streak is not None:
+            self.nonfinite_in_a_row = int(streak[0])
         for name, (total, weight) in values.items():
             # One infinite gradient must not hide the figures of the other steps; it is counted.
             if math.isfinite(total) and math.isfinite(weight):
@@ -170,7 +172,7 @@ class _Window:
                 entry[1] += weight
             else:
                 self.sums.setdefault(name, [0.0, 0.0])
-        tokens = sum(values[name][0] for name in TOKEN_COUNTS if name in values)
+        tokens = sum(total for name, (total, _) in values.items() if name.endswith(TOKENS))
         self.tokens_seen += tokens
         return tokens
 
@@ -269,7 +271,7 @@ class _Run:
             self.done_at = start  # nothing is running: after the start, a save or an evaluation
         extra = ()
         if self.active_microbatches is not None:
-            extra = (jax.device_put(np.int32(self.active_microbatches(step))),)
+            extra = (self.active_microbatches(step),)
         # Once compiled, a step that moves anything from the host by accident is an error.
         guard = contextlib.nullcontext() if self.first else _no_transfers()
         with guard:

@@ -19,6 +19,10 @@ from chatyuan.checkpoints import CheckpointConfig, Checkpointer, restore_or_init
 from chatyuan.errors import UserError
 from chatyuan.metrics import Writer
 from chatyuan.train.loop import Interrupted, LoopConfig, TrainingFailed, fit
+from chatyuan.train.optimizers import OptimizerConfig, make_optimizer
+from chatyuan.train.schedules import ScheduleConfig, make_schedule
+from chatyuan.train.state import init_state
+from chatyuan.train.step import make_train_step
 
 TIMING = {"seconds_per_step", "tokens_per_second", "input_wait", "mfu"}
 
@@ -71,7 +75,7 @@ def batches(start, bad=(), stop=None):
         step += 1
 
 
-def run(folder, steps=30, *, config=None, checkpoints=None, stream=None, **kwargs):
+def run(folder, steps=30, *, config=None, checkpoints=None, stream=None, begin=init, **kwargs):
     """What a stage does: restore or begin, then fit. Returns (state, rows, printed text)."""
     stream = stream or io.StringIO()
     loop = LoopConfig(train_steps=steps, log_period=4, eval_period=10)
@@ -79,7 +83,7 @@ def run(folder, steps=30, *, config=None, checkpoints=None, stream=None, **kwarg
         Checkpointer(folder, checkpoints or CheckpointConfig(period=6, keep=2)) as checkpointer,
         Writer(folder, total_steps=steps, stream=stream, tensorboard=False) as writer,
     ):
-        state, meta = restore_or_init(checkpointer, jax.eval_shape(init), init)
+        state, meta = restore_or_init(checkpointer, jax.eval_shape(begin), begin)
         settings = dict(train_step=train_step, batches=batches) | kwargs
         state = fit(
             dataclasses.replace(loop, **(config or {})),
@@ -285,6 +289,57 @@ def test_steps_without_finite_gradient(tmp_path):
 def batches_then_kill(start, bad, step):
     yield from batches(start, bad=bad, stop=step)
     raise Killed
+
+
+def test_resume_with_the_real_train_step(tmp_path):
+    """Adafactor, moving average, growing batch, one skipped step, interrupted on the way."""
+    abstract = {"w": jax.ShapeDtypeStruct((8, 4), "f4")}
+    schedule = make_schedule(ScheduleConfig(name="rsqrt", learning_rate=0.1, warmup_steps=3))
+    optimizer = make_optimizer(OptimizerConfig(), schedule, abstract, {"w": ("embed", "mlp")})
+
+    def loss(params, batch, key):
+        error = batch["x"] @ params["w"] - batch["y"] + 0.1 * jax.random.normal(key, (4,))
+        total, weight = (error**2).sum(), jnp.float32(error.size)
+        tokens = jnp.float32(batch["x"].shape[0])
+        metrics = {"loss": (total, weight), "target_tokens": (tokens, jnp.float32(1))}
+        return total, weight, metrics
+
+    def begin():
+        w = jax.random.normal(jax.random.key(1), (8, 4))
+        return init_state({"w": w}, optimizer, ema=True)
+
+    def stream(start, stop=None):
+        for step, batch in enumerate(batches(start, stop=stop), start):
+            values = {name: jnp.concatenate([batch[name]] * 2) for name in "xy"}
+            values["x"] = values["x"] * (jnp.nan if step in (6, 14, 15) else 1)
+            yield values
+        raise Killed
+
+    def go(folder, stop=None):
+        return run(
+            folder,
+            steps=20,
+            begin=begin,
+            train_step=make_train_step(
+                loss, optimizer, schedule, microbatches=4, ema_decay=0.9, skip_nonfinite=True
+            ),
+            batches=lambda start: stream(start, stop),
+            active_microbatches=lambda step: 1 + min(step // 4, 3),
+            config={"max_nonfinite_steps": 3},
+        )
+
+    state, found, _ = go(tmp_path / "whole")
+    with pytest.raises(Killed):
+        go(tmp_path / "parts", stop=15)
+    again, rows_again, text = go(tmp_path / "parts")
+    assert "Continuing from step 12" in text
+    same(again, state)
+    assert rows_again == found
+    by_step = {row["step"]: row for row in found}
+    assert [by_step[s]["nonfinite_steps"] for s in (4, 8, 16, 20)] == [0, 1, 2, 0]
+    assert [by_step[s]["target_tokens"] for s in (4, 12)] == [2, 6]
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in found)
+    assert "nonfinite_streak" not in by_step[8]
 
 
 def test_the_best_evaluation_is_saved_and_kept(tmp_path):
