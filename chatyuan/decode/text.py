@@ -120,6 +120,50 @@ class TextResult:
         return self.texts[0]
 
 
+def encode_prompt(
+    vocabulary: TextVocabulary, config: TextConfig, prompt: str
+) -> tuple[list[int], int]:
+    """Token ids of a prompt, truncated to the longest bucket, and how many were lost."""
+    room = config.input_lengths[-1] - config.append_eos
+    ids = vocabulary.encode(prompt)
+    total = len(ids)
+    if total > room and config.truncation == "turns":
+        ids = _drop_turns(vocabulary, prompt, room)
+    ids = ids[:room] if config.truncation == "right" else ids[max(0, len(ids) - room) :]
+    lost = total - len(ids)
+    if config.append_eos:
+        ids = [*ids, vocabulary.eos_id]
+    # A row without tokens would count as a filler of the batch.
+    return ids or [vocabulary.eos_id], lost
+
+
+def _drop_turns(vocabulary: TextVocabulary, prompt: str, room: int) -> list[int]:
+    """Token ids of the longest ending of a dialogue that begins with a turn and fits."""
+    lines = [0] + [place + 1 for place, letter in enumerate(prompt) if letter == "\n"]
+    starts = [place for place in lines if prompt.startswith(templates.USER, place)]
+    ids: list[int] = []
+    for start in starts or [0]:
+        ids = vocabulary.encode(prompt[start:])
+        if len(ids) <= room:
+            break
+    return ids
+
+
+def length_batches(
+    config: TextConfig, lengths: Sequence[int]
+) -> Iterator[tuple[list[int], int, int]]:
+    """Groups rows by length: yields rows that share a bucket, its length, the padded batch size."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for bucket, group in itertools.groupby(
+        order, key=lambda row: next(n for n in config.input_lengths if n >= lengths[row])
+    ):
+        rows = list(group)
+        while rows:
+            size = next((n for n in config.batch_sizes if n >= len(rows)), config.batch_sizes[-1])
+            yield rows[:size], bucket, size
+            rows = rows[size:]
+
+
 class TextGenerator:
     """Answers prompts with one model, vocabulary and configuration; see the module's text.
 
@@ -173,11 +217,13 @@ class TextGenerator:
             seeds = range(seeds, seeds + len(prompts))
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one for each.")
-        encoded = [self.encode_prompt(prompt) for prompt in prompts]
+        encoded = [encode_prompt(self.vocabulary, self.text_config, prompt) for prompt in prompts]
         results: list[TextResult | None] = [None] * len(prompts)
         # One batch is decoded to text while the device works on the next.
         pending: tuple[list[int], DecodeOutput] | None = None
-        for rows, length, size in self._batches([len(ids) for ids, _ in encoded]):
+        for rows, length, size in length_batches(
+            self.text_config, [len(ids) for ids, _ in encoded]
+        ):
             output = self._run(params, encoded, seeds, rows, length, size)
             if pending is not None:
                 self._collect(*pending, encoded, results)
@@ -189,46 +235,6 @@ class TextGenerator:
     def num_compiled(self) -> int:
         """Programs compiled so far, one for each bucket met."""
         return self._generate.num_compiled()
-
-    def encode_prompt(self, prompt: str) -> tuple[list[int], int]:
-        """Token ids of a prompt, truncated to the longest bucket, and how many were lost."""
-        config, vocabulary = self.text_config, self.vocabulary
-        room = config.input_lengths[-1] - config.append_eos
-        ids = vocabulary.encode(prompt)
-        total = len(ids)
-        if total > room and config.truncation == "turns":
-            ids = self._drop_turns(prompt, room)
-        ids = ids[:room] if config.truncation == "right" else ids[max(0, len(ids) - room) :]
-        lost = total - len(ids)
-        if config.append_eos:
-            ids = [*ids, vocabulary.eos_id]
-        # A row without tokens would count as a filler of the batch.
-        return ids or [vocabulary.eos_id], lost
-
-    def _drop_turns(self, prompt: str, room: int) -> list[int]:
-        """Token ids of the longest ending of a dialogue that starts with a turn and fits."""
-        ids = []
-        starts = [m for m in _line_starts(prompt) if prompt.startswith(templates.USER, m)]
-        for start in starts or [0]:
-            ids = self.vocabulary.encode(prompt[start:])
-            if len(ids) <= room:
-                break
-        return ids
-
-    def _batches(self, lengths: list[int]) -> Iterator[tuple[list[int], int, int]]:
-        """Rows of prompts that share a bucket, its length, and the padded batch size."""
-        config = self.text_config
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        for bucket, group in itertools.groupby(
-            order, key=lambda row: next(n for n in config.input_lengths if n >= lengths[row])
-        ):
-            rows = list(group)
-            while rows:
-                size = next(
-                    (n for n in config.batch_sizes if n >= len(rows)), config.batch_sizes[-1]
-                )
-                yield rows[:size], bucket, size
-                rows = rows[size:]
 
     def _run(
         self,
@@ -278,7 +284,3 @@ class TextGenerator:
                 prompt_tokens=len(encoded[row][0]),
                 truncated_tokens=encoded[row][1],
             )
-
-
-def _line_starts(text: str) -> list[int]:
-    return [0] + [place + 1 for place, letter in enumerate(text) if letter == "\n"]

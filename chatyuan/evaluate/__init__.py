@@ -1,0 +1,1 @@
+"""Measuring a model: choosing among given answers, and comparing texts."""
