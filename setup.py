@@ -6,7 +6,8 @@ import re
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "chatyuan/__init__.py").read_text()).group(1)
+INIT = (HERE / "chatyuan" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'__version__ = "([^"]+)"', INIT).group(1)
 
 # jax 0.10.2 and flax 0.12.8 are the newest that Python 3.11 can have; flax 0.12.8 cannot import nnx
 # on jax 0.11, so Python 3.12 takes the pair that works together there.
