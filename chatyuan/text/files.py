@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from chatyuan.errors import UserError, did_you_mean
 
 PAIR_KEYS = (("input", "target"), ("source", "target"), ("src", "tgt"), ("inputs", "targets"))
+PROMPT_KEYS = ("inputs", "input", "prompt", "source", "src", "query", "text")
 TEXT_KEYS = ("text", "content")
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 Skipped = collections.Counter[str]
@@ -181,6 +182,27 @@ def read_examples(path: str | os.PathLike[str], skipped: Skipped) -> Iterator[di
             skipped["unknown_shape_or_empty"] += 1
         else:
             yield example
+
+
+def read_prompts(path: str | os.PathLike[str], skipped: Skipped) -> Iterator[dict[str, Any]]:
+    """Prompts of one file as rows with "inputs": a line of text each, or a json object each.
+
+    Objects keep their other fields; the prompt is "instruction" with "input", or the first of
+    `PROMPT_KEYS` that is there.
+    """
+    path = pathlib.Path(path)
+    suffix = kind(path)
+    if suffix == ".txt":
+        yield from ({"inputs": line} for line in read_lines(path, skipped))
+        return
+    for row in _parquet(path) if suffix == ".parquet" else _objects(path, skipped):
+        names = ("instruction", "input") if "instruction" in row else PROMPT_KEYS
+        parts = [text for name in names if (text := _string(row.get(name)))]
+        prompt = "\n".join(parts) if "instruction" in row else next(iter(parts), "")
+        if prompt.strip():
+            yield {**row, "inputs": prompt}
+        else:
+            skipped["no_prompt"] += 1
 
 
 def expand(pattern: str | os.PathLike[str]) -> list[pathlib.Path]:

@@ -1,0 +1,68 @@
+"""What stages know about the folder of a finished or running training run."""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from chatyuan import checkpoints
+from chatyuan.configs import from_json
+from chatyuan.errors import UserError
+from chatyuan.models.config import ModelConfig
+from chatyuan.text.vocabulary import Vocabulary
+
+VOCABULARY_NAME = "vocabulary.model"
+
+
+def keep_vocabulary(vocabulary: Vocabulary, model_dir: str | os.PathLike[str]) -> None:
+    """Copies the vocabulary into the run's folder, so that the folder answers prompts by itself."""
+    target = pathlib.Path(model_dir) / VOCABULARY_NAME
+    if not target.exists():
+        temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
+        shutil.copyfile(vocabulary.path, temporary)
+        temporary.replace(target)
+
+
+def model_meta(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Returns what a checkpoint says about its model: enough to use it without its recipe."""
+    return {"model": dataclasses.asdict(model), "vocabulary_sha256": vocabulary.sha256}
+
+
+def check_vocabulary(path: str, meta: dict[str, Any], vocabulary: Vocabulary) -> None:
+    """Raises UserError when checkpoint `path` was trained with another vocabulary."""
+    trained = meta.get("vocabulary_sha256")
+    if trained is not None and trained != vocabulary.sha256:
+        raise UserError(
+            f"INIT_FROM = {path} was trained with another vocabulary (sha256 {trained[:12]}...) "
+            f"than VOCABULARY = {vocabulary.path} ({vocabulary.sha256[:12]}...); every token would "
+            f"mean something else. Use the run's own {VOCABULARY_NAME}."
+        )
+
+
+def run_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the MODEL_DIR that a checkpoint path lies in: itself, or one or two folders up."""
+    given = pathlib.Path(path)
+    for folder in (given, given.parent, given.parent.parent):
+        if (folder / checkpoints.FOLDER).is_dir():
+            return folder
+    return given
+
+
+def read_model(path: str, vocabulary: str | None = None) -> tuple[ModelConfig, Vocabulary]:
+    """Returns the model configuration and vocabulary of a run or checkpoint.
+
+    Args:
+        path: MODEL_DIR, its checkpoints folder, or one STEP folder.
+        vocabulary: a SentencePiece file; None = the copy that the run keeps.
+
+    Raises:
+        UserError: nothing there, no model in it, or a vocabulary that is not the run's.
+    """
+    meta = checkpoints.read_meta(path)
+    if "model" not in meta:
+        raise UserError(f"INIT_FROM = {path} does not say which model it holds; train it again.")
+    file = vocabulary or str(run_folder(path) / VOCABULARY_NAME)
+    loaded = Vocabulary(file)
+    check_vocabulary(path, meta, loaded)
+    return from_json(ModelConfig, meta["model"]), loaded

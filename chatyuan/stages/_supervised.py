@@ -1,0 +1,341 @@
+"""What the supervised stages share: build everything from the configuration, then `train.loop.fit`.
+
+A stage of its own (pretrain, sft) is this with other defaults and other samples. The order matters:
+every mistake is found before the first file is written.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from chatyuan import checkpoints, configs, report, sharding
+from chatyuan.checkpoints import CheckpointConfig, Checkpointer
+from chatyuan.data.loader import DataConfig, EvalLoader, Loader, open_sources
+from chatyuan.data.objectives import Objective, ObjectiveConfig
+from chatyuan.decode.config import DecodeConfig
+from chatyuan.errors import UserError
+from chatyuan.metrics import Writer, quantity
+from chatyuan.models import Model, build
+from chatyuan.models.config import ModelConfig, flops_per_example
+from chatyuan.models.loss import LossConfig, eval_loss, supervised_loss
+from chatyuan.stages import _run_folder, _samples
+from chatyuan.text.vocabulary import Vocabulary
+from chatyuan.train.loop import LoopConfig, fit
+from chatyuan.train.optimizers import OptimizerConfig, make_optimizer
+from chatyuan.train.schedules import ScheduleConfig, make_schedule
+from chatyuan.train.state import TrainState
+from chatyuan.train.step import init_state, make_train_step
+
+Batch = Mapping[str, Any]
+# What may differ when a run goes on in its folder: how long, how often and where, never what is
+# learned from what in which order.
+MAY_CHANGE = (
+    "vocabulary", "init_from", "init_from_ema", "mesh", "checkpoint", "loop",
+    "schedule.train_steps", "data.cache_dir", "data.threads", "data.prefetch", "eval_split",
+    "eval_batches", "sample_decoding", "num_samples", "tensorboard",
+)  # fmt: skip
+
+
+def _field(help_text: str, unit: str = "", **kwargs: Any) -> Any:
+    return dataclasses.field(metadata={"help": help_text, "unit": unit}, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One supervised training run."""
+
+    model_dir: str = _field("folder of the run; starting again in it continues the run")
+    vocabulary: str = _field("SentencePiece .model file that the caches were made with")
+    model: ModelConfig = _field("architecture")
+    data: DataConfig = _field("mixture, lengths, batch")
+    objective: ObjectiveConfig = _field("what a text becomes")
+    optimizer: OptimizerConfig = _field("optimizer")
+    schedule: ScheduleConfig = _field("learning rate")
+    loop: LoopConfig = _field("how long, how often to report")
+    loss: LossConfig = _field("regularisers of the loss", default=LossConfig())
+    checkpoint: CheckpointConfig = _field("what is saved", default=CheckpointConfig())
+    mesh: dict[str, int] = _field(
+        "devices per axis (data, fsdp, tensor, sequence, stage); -1 = the rest",
+        default_factory=lambda: {"data": -1},
+    )
+    microbatches: int = _field(
+        "parts that a batch is processed in, to save memory", "microbatches", default=1
+    )
+    seed: int = _field("of the weights and of dropout", default=0)
+    init_from: str | None = _field("run or checkpoint whose weights to start from", default=None)
+    init_from_ema: bool = _field("start from its moving average", default=False)
+    ema_decay: float | None = _field("moving average of the weights, 0.999 say", default=None)
+    eval_split: str | None = _field("split that is evaluated; None = nothing", default="validation")
+    eval_batches: int | None = _field(
+        "batches of each evaluation, evenly spread; None = all", "batches", default=None
+    )
+    sample_decoding: DecodeConfig = _field("how samples are generated", default=DecodeConfig())
+    num_samples: int = _field("samples shown at each evaluation", "samples", default=8)
+    tensorboard: bool = _field("write MODEL_DIR/tensorboard too", default=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a configuration becomes before anything is computed or written."""
+
+    config: Config
+    vocabulary: Vocabulary
+    model: Model
+    mesh: jax.sharding.Mesh
+    loader: Loader
+    evaluation: EvalLoader | None
+
+
+def assemble(config: Config) -> Parts:
+    """Opens and checks everything. Writes nothing, allocates no parameters.
+
+    Raises:
+        UserError: anything that would stop the run later.
+    """
+    vocabulary = Vocabulary(config.vocabulary)
+    if vocabulary.size > config.model.vocab_size:
+        raise UserError(
+            f"VOCABULARY = {config.vocabulary} has {vocabulary.size:,} pieces and "
+            f"ModelConfig.vocab_size = {config.model.vocab_size:,} rows; set vocab_size to at "
+            f"least {-(-vocabulary.size // 128) * 128:,} (a multiple of 128)."
+        )
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.data.batch_size, mesh, config.microbatches)
+    objective = Objective(config.objective, vocabulary, config.model.architecture)
+    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    loader = Loader(config.data, objective, open_sources(config.data, vocabulary), **shares)
+    evaluation = None
+    if config.eval_split is not None:
+        held_out = dataclasses.replace(loader.config, split=config.eval_split, batch_ramp=())
+        sources = open_sources(held_out, vocabulary)
+        evaluation = EvalLoader(held_out, objective, sources, **shares)
+    if config.init_from is not None:
+        meta = checkpoints.read_meta(config.init_from)
+        _run_folder.check_vocabulary(config.init_from, meta, vocabulary)
+    return Parts(config, vocabulary, build(config.model), mesh, loader, evaluation)
+
+
+def run(config: Config, *, title: str) -> TrainState:
+    """Trains to the end, or continues to it; see the module's text."""
+    parts = assemble(config)
+    configs.check_same_run(config, config.model_dir, MAY_CHANGE)
+    schedule = make_schedule(config.schedule)
+    abstract_params, axes = parts.model.abstract_params(), parts.model.logical_axes()
+    optimizer = make_optimizer(config.optimizer, schedule, abstract_params, axes)
+    initialise = functools.partial(
+        init_state, optimizer=optimizer, ema=config.ema_decay is not None
+    )
+    abstract = jax.eval_shape(initialise, abstract_params)
+    placement = sharding.state_shardings(abstract, axes, parts.mesh)
+    abstract = sharding.with_shardings(abstract, placement)
+
+    def fresh() -> TrainState:
+        if config.init_from is None:
+            make = jax.jit(lambda key: initialise(parts.model.init(key)), out_shardings=placement)
+            return make(jax.random.key(config.seed))
+        weights = checkpoints.load_params(
+            config.init_from, abstract.params, use_ema=config.init_from_ema
+        )
+        # Donated: the weights of another run must not stay in memory beside the state.
+        return jax.jit(initialise, out_shardings=placement, donate_argnums=0)(weights)
+
+    meta = {"seed": config.seed, **_run_folder.model_meta(config.model, parts.vocabulary)}
+    with Checkpointer(config.model_dir, config.checkpoint) as checkpointer:
+        state, resumed = checkpoints.restore_or_init(checkpointer, abstract, fresh)
+        if jax.process_index() == 0:
+            configs.save_run(config, config.model_dir)
+            _run_folder.keep_vocabulary(parts.vocabulary, config.model_dir)
+        writer = Writer(
+            config.model_dir, total_steps=config.loop.train_steps, tensorboard=config.tensorboard
+        )
+        ramp = bool(parts.loader.config.batch_ramp)
+        with writer:
+            return fit(
+                config.loop,
+                state=state,
+                train_step=make_train_step(
+                    supervised_loss(parts.model, config.loss),
+                    optimizer,
+                    schedule,
+                    microbatches=config.microbatches,
+                    seed=config.seed,
+                    ema_decay=config.ema_decay,
+                ),
+                batches=lambda step: placed(parts.loader.iterate(step), parts.mesh),
+                writer=writer,
+                checkpointer=checkpointer,
+                evaluate=_Evaluation(parts, writer),
+                report=functools.partial(_write_report, parts, title),
+                meta=meta,
+                resumed=resumed,
+                flops_per_step=functools.partial(flops_per_step, parts),
+                active_microbatches=(
+                    functools.partial(
+                        parts.loader.active_microbatches, microbatches=config.microbatches
+                    )
+                    if ramp
+                    else None
+                ),
+                facts=facts(parts),
+            )
+
+
+def placed(batches: Iterator[Batch], mesh: jax.sharding.Mesh) -> Iterator[Batch]:
+    """Yields global device arrays, always one batch ahead of the one in use."""
+    ahead = None
+    for batch in batches:
+        ready, ahead = ahead, sharding.shard_batch(batch, mesh)
+        if ready is not None:
+            yield ready
+    if ahead is not None:
+        yield ahead
+
+
+def flops_per_step(parts: Parts, step: int = 0) -> float:
+    """FLOPs of one optimizer step, as the architecture counts them (no recomputation)."""
+    lengths = parts.loader.config.input_length, parts.loader.config.target_length
+    return parts.loader.size(step) * flops_per_example(parts.config.model, *lengths)
+
+
+def facts(parts: Parts) -> dict[str, Any]:
+    """Derived numbers, printed once at the start."""
+    config, data = parts.config, parts.loader.config
+    tokens = data.batch_size * (data.input_length + data.target_length)
+    first, second = parts.loader.utilisation()
+    used = f"{first:.1%}" if parts.loader.objective.decoder_only else f"{first:.1%} / {second:.1%}"
+    shape = {axis: size for axis, size in parts.mesh.shape.items() if size > 1} or {"data": 1}
+    return {
+        "parameters": parts.model.num_params,
+        "batch": f"{data.batch_size} x ({data.input_length} + {data.target_length}) = "
+        f"{tokens:,} tokens, {used} used, {config.microbatches} microbatch(es)",
+        "FLOPs per step": quantity(flops_per_step(parts)),
+        "FLOPs per token": quantity(flops_per_step(parts) / tokens),
+        "steps": config.loop.train_steps,
+        "devices": f"{parts.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape}",
+    }
+
+
+class _Evaluation:
+    """Loss on held-out data, and samples; the compiled functions live as long as the run."""
+
+    def __init__(self, parts: Parts, writer: Writer) -> None:
+        self.parts, self.writer = parts, writer
+        self.loss = jax.jit(eval_loss(parts.model, parts.config.loss))
+        self.samples = _samples.Samples(
+            parts.config, parts.vocabulary, parts.model, parts.evaluation or parts.loader
+        )
+
+    def __call__(self, state: TrainState, step: int) -> dict[str, float]:
+        """Returns eval/loss and eval/accuracy; writes samples.jsonl."""
+        figures = {}
+        if self.parts.evaluation is not None:
+            figures = self._figures(state.params)
+        if self.parts.config.num_samples:
+            self.writer.write_samples(step, self.samples(state.params))
+        return figures
+
+    def _figures(self, params: Any) -> dict[str, float]:
+        loader = self.parts.evaluation
+        count = min(self.parts.config.eval_batches or len(loader), len(loader))
+        chosen = np.linspace(0, len(loader) - 1, count).astype(int) if count > 1 else [0]
+        pending = [
+            self.loss(params, sharding.shard_batch(loader.batch(int(i)), self.parts.mesh))[2]
+            for i in chosen
+        ]
+        sums = jax.tree.map(lambda *values: float(np.sum(values)), *jax.device_get(pending))
+        return {f"eval/{name}": sums[name][0] / sums[name][1] for name in ("loss", "accuracy")}
+
+
+def _write_report(parts: Parts, title: str, step: int) -> None:
+    if jax.process_index() != 0:
+        return
+    folder = pathlib.Path(parts.config.model_dir)
+    rows = [
+        {
+            "source": source.source,
+            "documents": source.documents,
+            "tokens": source.tokens,
+            "epochs seen": round(source.epochs, 2),
+        }
+        for source in parts.loader.stats(step)
+    ]
+    report.write_report(
+        folder,
+        title=title,
+        config_text=(folder / configs.GIN_NAME).read_text(encoding="utf-8"),
+        data_table=rows,
+        facts=facts(parts),
+    )
+
+
+def dry_run(config: Config) -> None:
+    """Validates everything, shows two examples and the costs. Compiles and writes nothing."""
+    parts = assemble(config)
+    configs.check_same_run(config, config.model_dir, MAY_CHANGE)
+    print("Two rows as the model sees them:")
+    batch = parts.loader.batch(0)
+    for row in range(min(2, len(batch["decoder_target_tokens"]))):
+        print(_samples.render_row(parts.vocabulary, batch, row))
+    for name, value in {**facts(parts), **_costs(parts)}.items():
+        print(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value}")
+
+
+def _costs(parts: Parts) -> dict[str, str]:
+    """Memory of one device and disk of one checkpoint, from shapes alone."""
+    config = parts.config
+    abstract_params, axes = parts.model.abstract_params(), parts.model.logical_axes()
+    optimizer = make_optimizer(
+        config.optimizer, make_schedule(config.schedule), abstract_params, axes
+    )
+    state = jax.eval_shape(
+        functools.partial(init_state, optimizer=optimizer, ema=config.ema_decay is not None),
+        abstract_params,
+    )
+    per_device = sharding.bytes_per_device(
+        state, sharding.state_shardings(state, axes, parts.mesh)
+    )
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    activations = _activation_bytes(parts)
+    gradients = sharding.bytes_per_device(
+        abstract_params, sharding.shardings(abstract_params, axes, parts.mesh)
+    )
+    return {
+        "memory per device": f"{(per_device + gradients + activations) / 2**30:.2f} GiB = state "
+        f"{per_device / 2**30:.2f} + gradients {gradients / 2**30:.2f} + activations about "
+        f"{activations / 2**30:.2f}",
+        "disk per checkpoint": f"{whole / 2**20:,.0f} MiB",
+    }
+
+
+def _activation_bytes(parts: Parts) -> float:
+    """Rough size of what the backward pass keeps on one device: per-layer streams, scores, logits.
+
+    About 14 + 4 F/D streams of width D a layer without rematerialisation (after Korthikanti et al.
+    2022, arXiv:2205.05198, equation 1, in elements), one with "full", and the float32 logits.
+    """
+    config, data = parts.config.model, parts.loader.config
+    shards = parts.mesh.shape["data"] * parts.mesh.shape["fsdp"]
+    rows = data.batch_size / parts.config.microbatches / shards
+    width = 2 if config.dtype == "bfloat16" else 4
+    streams = {"full": 1.0, "dots": 8.0}.get(config.remat, 14 + 4 * config.mlp_dim / config.embed_dim)
+    scores = 0 if config.remat in ("full", "selective") else 2 * config.num_heads
+    if config.architecture == "prefix_lm":
+        length = data.input_length + data.target_length
+        sides = [(config.num_decoder_layers, length, length)]
+        targets = length
+    else:
+        sides = [
+            (config.num_encoder_layers, data.input_length, data.input_length),
+            (config.num_decoder_layers, data.target_length, data.input_length + data.target_length),
+        ]
+        targets = data.target_length
+    kept = sum(
+        layers * (queries * config.embed_dim * streams + scores * queries * keys)
+        for layers, queries, keys in sides
+    )
+    return rows * (kept * width + 2 * 4 * targets * config.vocab_size)
