@@ -19,20 +19,13 @@ import numpy as np
 
 from chatyuan.data import packing, rows, stream
 from chatyuan.data.cache import open_cache, read_mixture
-from chatyuan.data.objectives import (
-    PAIR,
-    UNLIMITED,
-    Objective,
-    choose_variants,
-    fit,
-    sizes,
-)
+from chatyuan.data.objectives import PAIR, UNLIMITED, Objective
 from chatyuan.data.stream import Source
 from chatyuan.errors import UserError
 from chatyuan.text.vocabulary import Vocabulary
 
 _SAVE_EVERY = 16  # blocks
-_SAMPLE = 50_000  # documents looked at for the natural target length
+_SAMPLE = 20_000  # documents looked at for the natural target length
 
 
 def _field(default: object, text: str, unit: str = "") -> dataclasses.Field:
@@ -112,7 +105,6 @@ def natural_target_length(
     """
     room = config.input_length
     total_a = total_b = longest = 0.0
-    v = objective.variants
     weight = sum(source.rate for source in sources)
     for source in sources:
         count = min(len(source.targets), _SAMPLE)
@@ -120,37 +112,17 @@ def natural_target_length(
         lengths = source.targets.offsets[picked + 1] - source.targets.offsets[picked]
         if source.inputs is not None:
             inputs = source.inputs.offsets[picked + 1] - source.inputs.offsets[picked]
-            a, b = float(np.minimum(inputs + 1, room).sum()), float((lengths + 1).sum())
-            longest = max(longest, float(lengths.max()) + 1)
+            a, b = float(np.minimum(inputs + 1, room).mean()), float((lengths + 1).mean())
+            top = int(lengths.max()) + 1
         else:
-            keys = np.array([stream.name_key(source.name, i) for i in picked], np.uint64)
-            variants = np.zeros(len(picked), np.int64)
-            choose_variants(v, keys, variants)
-            a, b, top = _text_totals(objective, lengths, variants, keys, room)
-            longest = max(longest, top)
-        total_a += source.rate / weight * a / len(picked)
-        total_b += source.rate / weight * b / len(picked)
+            keys = packing.piece_keys(np.zeros(len(picked), np.uint64), picked)
+            a, b, top = packing.expected_sizes(objective.variants, lengths, keys, room)
+        total_a += source.rate / weight * a
+        total_b += source.rate / weight * b
+        longest = max(longest, top)
     if config.pack and not config.concatenate:
         return max(2, round(room * total_b / max(total_a, 1.0)))
     return max(2, int(longest))
-
-
-def _text_totals(
-    objective: Objective, lengths: np.ndarray, variants: np.ndarray, keys: np.ndarray, room: int
-) -> tuple[float, float, float]:
-    """Sum of inputs, sum of targets, longest targets where pieces fill encoder rows of `room`."""
-    v = objective.variants
-    total_a = total_b = longest = 0.0
-    for n, variant, key in zip(lengths, variants, keys, strict=True):
-        if n == 0:
-            continue
-        piece = min(n, fit(v, variant, UNLIMITED, key, room, UNLIMITED))
-        a, b = sizes(v, variant, piece, key)
-        total_a += a * n / piece
-        total_b += b * n / piece
-        full = fit(v, variant, UNLIMITED, key, room, UNLIMITED)
-        longest = max(longest, sizes(v, variant, full, key)[1])
-    return total_a, total_b, longest
 
 
 @dataclasses.dataclass(frozen=True)

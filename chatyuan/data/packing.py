@@ -17,14 +17,18 @@ import numba
 import numpy as np
 
 from chatyuan.data.keyed import combine
-from chatyuan.data.objectives import MIN_PIECE, PAIR, SPAN, Variants, fit, sizes
+from chatyuan.data.objectives import MIN_PIECE, PAIR, SPAN, UNLIMITED, Variants, fit, sizes
 
 VERSION = 1  # of the plans; raise it with any change that moves an example
 POOL = 128  # examples that wait; more fill rows better and plan slower
 TOLERANCE = 0.004  # a row that wastes at most this share of either side is full
 _PATIENCE = 4 * POOL  # arrivals after which a long document starts a row by itself
-_LOPSIDED = 0.05  # share of a row's other side that a long document may waste by itself
+# A document that takes more than LARGE of one side and LOPSIDED less of the other leaves a row that
+# nothing can fill: it is cut as if it were longer than a row.
+_LARGE, _LOPSIDED = 0.6, 0.15
 _MAX_TRIES = 6  # documents looked at for a cut
+# A bare constant argument would compile the callee once more.
+_NO, _YES = np.int64(0), np.int64(1)
 _CLOSES = -10.0  # cost of an example that fills the row; below every other cost
 
 
@@ -81,7 +85,7 @@ def whole_size(
 
 @numba.njit(cache=True, nogil=True)
 def piece_length(
-    v: Variants, variant: int, n: int, key: np.uint64, room_a: int, room_b: int, empty: bool
+    v: Variants, variant: int, n: int, key: np.uint64, room_a: int, room_b: int, empty: int
 ) -> int:
     """The longest piece to cut off the front of n tokens; 0 if none should be.
 
@@ -93,13 +97,14 @@ def piece_length(
     trimmed = min(length, n - MIN_PIECE)
     if trimmed >= MIN_PIECE:
         return trimmed
-    return length if empty else 0
+    return length if empty == 1 else 0
 
 
 @numba.njit(cache=True, nogil=True)
 def _grown(array: np.ndarray) -> np.ndarray:
     out = np.empty(2 * len(array), array.dtype)
-    out[: len(array)] = array
+    for i in range(len(array)):  # a slice assignment takes two seconds to compile
+        out[i] = array[i]
     return out
 
 
@@ -129,10 +134,10 @@ def _best_cut(
     e: Examples,
     pool: _Pool,
     count: int,
-    long: bool,
+    long: int,
     room: tuple[int, int],
     per: tuple[float, float],
-    empty: bool,
+    empty: int,
 ) -> tuple[int, int, float]:
     """The best piece of a document: (slot or -1, tokens, worst waste left on either side).
 
@@ -144,7 +149,7 @@ def _best_cut(
     seen = 0  # bits: variants looked at
     for i in range(count):
         variant = e.variant[pool.example[i]]
-        if (pool.size_a[i] < 0) != long or v.kind[variant] == PAIR:
+        if (pool.size_a[i] < 0) != (long == 1) or v.kind[variant] == PAIR:
             continue
         if (seen >> variant) & 1:
             continue
@@ -173,10 +178,10 @@ def _opening(
 ) -> int:
     """How much of a long document opens a row: all that fits, or half where that is lopsided."""
     n, key = pool.length[slot], pool.key[slot]
-    length = piece_length(v, variant, n, key, full[0], full[1], True)
+    length = piece_length(v, variant, n, key, full[0], full[1], _YES)
     a, b = sizes(v, variant, length, key)
     if max((full[0] - a) * per[0], (full[1] - b) * per[1]) > _LOPSIDED:
-        half = piece_length(v, variant, n, key, full[0] // 2, full[1] // 2, False)
+        half = piece_length(v, variant, n, key, full[0] // 2, full[1] // 2, _NO)
         length = half if half > 0 else length
     return length
 
@@ -193,23 +198,23 @@ def _choose(
 ) -> tuple[int, int]:
     """What to put into the row next: (slot, tokens), slot -1 to close the row."""
     per = (1.0 / full[0], 1.0 / full[1] if full[1] > 0 else 0.0)
-    empty = room == full
+    empty = _YES if room == full else _NO
     slot, cost, oldest = _best_whole(pool, count, room[0], room[1], per[0], per[1])
     if cost < -1.0:
         return slot, pool.length[slot]
-    cut, length, worst = _best_cut(v, e, pool, count, True, room, per, empty)
+    cut, length, worst = _best_cut(v, e, pool, count, _YES, room, per, empty)
     if cut >= 0 and worst <= TOLERANCE:
         return cut, length
-    if empty and pool.size_a[oldest] > 0:
+    if empty == 1 and pool.size_a[oldest] > 0:
         return oldest, pool.length[oldest]
-    if empty and pool.arrival[oldest] + _PATIENCE < arrivals:
+    if empty == 1 and pool.arrival[oldest] + _PATIENCE < arrivals:
         return oldest, _opening(v, e.variant[pool.example[oldest]], pool, oldest, full, per)
     if slot >= 0:
         return slot, pool.length[slot]
     if cut >= 0:
         return cut, length
     if max(room[0] * per[0], room[1] * per[1]) > TOLERANCE:
-        cut, length, worst = _best_cut(v, e, pool, count, False, room, per, empty)
+        cut, length, worst = _best_cut(v, e, pool, count, _NO, room, per, empty)
     return cut, length
 
 
@@ -222,7 +227,12 @@ def _enter(
     pool.start[slot] = start
     pool.length[slot] = e.length[i] - start
     pool.key[slot] = combine(e.key[i], start)
-    pool.size_a[slot], pool.size_b[slot] = whole_size(v, e, i, start, full[0], full[1])
+    a, b = whole_size(v, e, i, start, full[0], full[1])
+    if a > 0 and full[1] > 0 and v.kind[e.variant[i]] != PAIR:
+        share_a, share_b = a / full[0], b / full[1]
+        if max(share_a, share_b) > _LARGE and abs(share_a - share_b) > _LOPSIDED:
+            a = -1  # it would use up one side alone
+    pool.size_a[slot], pool.size_b[slot] = a, b
 
 
 @numba.njit(cache=True, nogil=True)
@@ -253,16 +263,16 @@ def pack(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
     example, start = np.empty(total + 16, n), np.empty(total + 16, n)
     length = np.empty(total + 16, n)
     row_offsets = np.zeros(total // 4 + 16, n)
-    pieces, rows, count, arrivals = 0, 0, 0, 0
+    pieces, rows, count, arrivals = _NO, _NO, _NO, _NO
     room = full
     while True:
         while count < POOL and arrivals < total:
             if e.length[arrivals] > 0 or e.num_inputs[arrivals] > 0:  # an empty text is no example
-                _enter(v, e, pool, count, arrivals, 0, full)
+                _enter(v, e, pool, count, arrivals, _NO, full)
                 pool.arrival[count] = arrivals
                 count += 1
             arrivals += 1
-        slot, tokens = -1, 0
+        slot, tokens = _NO - 1, _NO
         if count > 0:
             slot, tokens = _choose(v, e, pool, count, arrivals, room, full)
         if slot < 0:
@@ -304,14 +314,14 @@ def separate(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
     start, length = np.empty(total + 16, np.int64), np.empty(total + 16, np.int64)
     pieces = 0
     for i in range(total):
-        at = 0
+        at = _NO
         if e.length[i] == 0 and e.num_inputs[i] == 0:
             continue
         while True:
             tokens = e.length[i] - at
             if whole_size(v, e, i, at, room_a, room_b)[0] < 0:
                 tokens = piece_length(
-                    v, e.variant[i], tokens, combine(e.key[i], at), room_a, room_b, True
+                    v, e.variant[i], tokens, combine(e.key[i], at), room_a, room_b, _YES
                 )
             if pieces == len(example):
                 example, start, length = _grown(example), _grown(start), _grown(length)
@@ -342,7 +352,7 @@ def concatenate(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
     row_offsets = np.zeros(total // 4 + 16, np.int64)
     pieces, rows, want = 0, 0, 0
     for i in range(total):
-        at = 0
+        at = _NO
         while at < e.length[i]:
             if pieces == len(example):
                 example, start, length = _grown(example), _grown(start), _grown(length)
@@ -377,3 +387,52 @@ def piece_keys(keys: np.ndarray, starts: np.ndarray) -> np.ndarray:
     for i in range(len(keys)):
         out[i] = combine(keys[i], starts[i])
     return out
+
+
+@numba.njit(cache=True, nogil=True)
+def expected_sizes(
+    v: Variants, lengths: np.ndarray, keys: np.ndarray, room_a: int
+) -> tuple[float, float, int]:
+    """Mean (inputs, targets) of texts cut to encoder rows of room_a, and the longest targets.
+
+    The mean is over all variants by their weights, so it does not depend on which are drawn.
+    """
+    total_a, total_b, longest = 0.0, 0.0, _NO
+    for variant in range(len(v.kind)):
+        share = min(v.cumulative[variant], 1.0) - (
+            v.cumulative[variant - 1] if variant > 0 else 0.0
+        )
+        if v.kind[variant] == PAIR or not share > 0.0:
+            continue
+        for i in range(len(lengths)):
+            whole = fit(v, variant, UNLIMITED, keys[i], room_a, UNLIMITED)
+            longest = max(longest, sizes(v, variant, whole, keys[i])[1])
+            n = min(lengths[i], whole)
+            if n > 0:
+                a, b = sizes(v, variant, n, keys[i])
+                total_a += share * a * lengths[i] / n
+                total_b += share * b * lengths[i] / n
+    return total_a / len(lengths), total_b / len(lengths), longest
+
+
+@numba.njit(cache=True, nogil=True)
+def used(v: Variants, e: Examples, p: Pieces) -> tuple[int, int]:
+    """Tokens that all rows hold on either side."""
+    used_a, used_b = 0, 0
+    i = 0
+    while i < len(p.example):
+        first, n = i, p.length[i]
+        i += 1
+        while i < len(p.example) and p.joined[i] == 1:
+            n += p.length[i]
+            i += 1
+        x = p.example[first]
+        if v.kind[e.variant[x]] == PAIR:
+            a, b = e.num_inputs[x] + 1, n + 1
+            if v.constants[3] == 1:
+                a, b = a + b, 0
+        else:
+            a, b = sizes(v, e.variant[x], n, combine(e.key[x], p.start[first]))
+        used_a += a
+        used_b += b
+    return used_a, used_b

@@ -23,7 +23,7 @@ import numpy as np
 from chatyuan.data import packing
 from chatyuan.data.cache import Ragged
 from chatyuan.data.keyed import combine, name_key, permutation, permute
-from chatyuan.data.objectives import Objective, choose_variants, sizes
+from chatyuan.data.objectives import Objective, choose_variants
 
 WINDOW = 4_000_000  # examples; the most that are shuffled together
 BLOCK_TOKENS = 4_000_000  # tokens planned together; about 0.1 s
@@ -98,7 +98,9 @@ def locate(
     key = np.empty(count, np.uint64)
     for i in range(count):
         position = permute(first + i, size, window_key) if shuffle else first + i
-        s = np.searchsorted(bounds, position, side="right") - 1
+        s = 0
+        while position >= bounds[s + 1]:
+            s += 1
         epoch, index = divmod(starts[s] + position - bounds[s], num_examples[s])
         epoch_key = combine(task_keys[s], epoch)
         if shuffle:
@@ -193,7 +195,7 @@ class Planner:
         totals[:, TOTALS.index("pieces")] = np.bincount(
             source[pieces.example], minlength=len(totals)
         )
-        used = _used(self.objective.variants, examples, pieces)
+        used = packing.used(self.objective.variants, examples, pieces)
         return Block(source, document, examples, cut, truncated, pieces, order, totals, used)
 
     def _examples(
@@ -233,28 +235,6 @@ class Planner:
             )
             totals[s, -1] = np.count_nonzero(truncated[of] & 2)
         return packing.Examples(num_inputs, length, variant, key), cut, truncated, totals
-
-
-@numba.njit(cache=True, nogil=True)
-def _used(v, e, p) -> tuple[int, int]:  # noqa: ANN001 (compiled; NamedTuples of arrays)
-    used_a, used_b = 0, 0
-    i = 0
-    while i < len(p.example):
-        first, n = i, p.length[i]
-        i += 1
-        while i < len(p.example) and p.joined[i] == 1:
-            n += p.length[i]
-            i += 1
-        x = p.example[first]
-        if v.kind[e.variant[x]] == packing.PAIR:
-            a, b = e.num_inputs[x] + 1, n + 1
-            if v.constants[3] == 1:
-                a, b = a + b, 0
-        else:
-            a, b = sizes(v, e.variant[x], n, combine(e.key[x], p.start[first]))
-        used_a += a
-        used_b += b
-    return used_a, used_b
 
 
 class BlockIndex:
