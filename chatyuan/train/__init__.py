@@ -1,0 +1,1 @@
+"""Training: state, step, loop, optimizers and schedules. The loss arrives as a function."""
