@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -104,7 +105,8 @@ def build_cache(
       mixture: a seqio task or mixture, or `file:PATH`.
       vocabulary: tokenises text tasks; tasks with a vocabulary of their own must have this one.
       cache_dir: where (`chatyuan.data.cache` says how).
-      splits: those that a task lacks are left out; every task must have the first.
+      splits: those that a task lacks, or that turn out empty, are left out; every task must have
+        examples in the first.
       task_modules: imported to register tasks.
       sequence_length: passed to seqio tasks that make model-ready features of a fixed length.
       example_splits: splits that also keep their untokenised examples, for evaluation.
@@ -131,9 +133,12 @@ def build_cache(
                 vocabulary=vocabulary,
                 cache_dir=cache_dir,
                 keep_examples=split in example_splits,
+                may_be_empty=split != splits[0],
                 threads=threads,
                 force=force,
             )
+            if manifest is None:
+                continue
             manifests.append(manifest)
             if report is not None:
                 report(describe(manifest))
@@ -177,9 +182,11 @@ def _build_or_reuse(
     vocabulary: Vocabulary,
     cache_dir: str | os.PathLike[str],
     keep_examples: bool,
+    may_be_empty: bool,
     threads: int | None,
     force: bool,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
+    """The manifest of one split; None when it has no examples and may be empty."""
     key = sources.digest(
         BUILDER_VERSION, task.key, split, vocabulary.sha256, vocabulary.codec, keep_examples
     )
@@ -206,10 +213,13 @@ def _build_or_reuse(
             documents = _write_ids(task, rows, writer, vocabulary, skipped)
         else:
             documents = _write_text(task, rows, writer, vocabulary, skipped, threads)
-        if documents == 0 and split == "train":
+        if documents == 0 and may_be_empty:
+            shutil.rmtree(writer.target, ignore_errors=True)  # of an earlier build
+            return None
+        if documents == 0:
             lost = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
             raise UserError(
-                f"Task {task.name} has no example in its train split (source: {task.source}; "
+                f"Task {task.name} has no example in its {split} split (source: {task.source}; "
                 f"skipped: {lost or 'none'}). Check the source."
             )
         return writer.finish(
