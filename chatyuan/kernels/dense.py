@@ -1,8 +1,8 @@
 """Dense attention with its own backward pass: what runs where no kernel does.
 
-Same function as the reference. Autodiff of the reference makes about twice the passes over the [T, S]
-squares; here the forward pass keeps exp(scores - max) unnormalised, the backward pass divides the
-[T, H] sides instead, and every product is a plain batched matmul of what is already in memory.
+Same function as the reference. Autodiff of the reference makes about twice the passes over the
+[T, S] squares; here the forward pass keeps exp(scores - max) unnormalised, the backward pass
+divides the [T, H] sides instead, and every product is a plain batched matmul.
 """
 
 import functools

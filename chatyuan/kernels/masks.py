@@ -1,7 +1,7 @@
 """Attention masks as one key interval per query.
 
-`[key_start, key_end)` expresses padding, causal, prefix-LM, right-to-left, packing, sliding windows and
-their combinations, and it is run-time data: one compiled kernel serves every mask.
+`[key_start, key_end)` expresses padding, causal, prefix-LM, right-to-left, packing, sliding windows
+and their combinations, and it is run-time data: one compiled kernel serves every mask.
 """
 
 import dataclasses

@@ -23,7 +23,8 @@ def reference_attention(
 ) -> Array:
     """Returns softmax(scale * q k^T + bias) v over the visible keys, [B, T, N, H].
 
-    Scores and softmax are float32 [B, N, T, S] whatever the inputs are. Queries that see no key give 0.
+    Scores and softmax are float32 [B, N, T, S] whatever the inputs are. Queries that see no key
+    give 0.
     """
     batch, q_len, heads, head_dim = query_BTNH.shape
     kv_len, kv_heads = key_BSKH.shape[1:3]

@@ -1,4 +1,4 @@
-"""T5's bucketed relative bias and ALiBi, as specifications that a kernel may or may not materialise."""
+"""T5's bucketed relative bias and ALiBi: specifications that a kernel need not materialise."""
 
 import dataclasses
 import math
@@ -112,7 +112,7 @@ Bias = RelativePositionBias | AlibiBias | DenseBias
 
 
 def _distances(query_offset: Array | int, q_len: int, kv_len: int) -> tuple[int, int]:
-    """Returns the first distance needed and how many: all possible ones when the offset is traced."""
+    """Returns the first distance needed and how many: all of them when the offset is traced."""
     if isinstance(query_offset, int):
         return -(q_len - 1) - query_offset, q_len + kv_len - 1
     return -(kv_len - 1), 2 * kv_len - 1

@@ -1,18 +1,18 @@
-"""Multi-head attention: projections, rotary positions, QK-norm; the scores are the kernel's business."""
+"""Multi-head attention: projections, rotary positions, QK-norm; the kernel does the scores."""
 
 import jax
 from flax import nnx
 
 from chatyuan.kernels import AttentionMask, Bias, dot_product_attention
 from chatyuan.models.config import ModelConfig
-from chatyuan.models.layers import Einsum, RMSNorm, normal
+from chatyuan.models.layers import Linear, RMSNorm, normal
 from chatyuan.ops.positions import rope
 
 Array = jax.Array
 
 
 class Attention(nnx.Module):
-    """Self- or cross-attention. Heads are joined in the matrices ([D, N*H]): plain matmuls everywhere."""
+    """Self- or cross-attention. Heads are joined in the matrices ([D, N*H]): plain matmuls."""
 
     def __init__(self, key: Array, config: ModelConfig, *, cross: bool) -> None:
         """Creates the four matrices; `cross` leaves out rotary positions."""
@@ -23,13 +23,11 @@ class Attention(nnx.Module):
         keys = jax.random.split(key, 6)
         # T5 leaves scores unscaled and starts the queries smaller instead: one rule for any scale.
         query_init = normal((embed * config.head_dim) ** -0.5 / config.score_scale)
-        inward = ("embed", "heads")
-        equation = "btd,dh->bth"
-        self.query = Einsum(keys[0], equation, (embed, joined), inward, query_init)
-        self.key = Einsum(keys[1], equation, (embed, joined_kv), inward, normal(embed**-0.5))
-        self.value = Einsum(keys[2], equation, (embed, joined_kv), inward, normal(embed**-0.5))
-        outward = ("heads", "embed")
-        self.out = Einsum(keys[3], "bth,hd->btd", (joined, embed), outward, normal(joined**-0.5))
+        self.query = Linear(keys[0], (embed, joined), ("embed", "heads"), query_init)
+        kv_shape, kv_axes, kv_init = (embed, joined_kv), ("embed", "kv_heads"), normal(embed**-0.5)
+        self.key = Linear(keys[1], kv_shape, kv_axes, kv_init)
+        self.value = Linear(keys[2], kv_shape, kv_axes, kv_init)
+        self.out = Linear(keys[3], (joined, embed), ("heads", "embed"), normal(joined**-0.5))
         if config.qk_norm:
             self.query_norm = RMSNorm(keys[4], config.head_dim, config.norm_epsilon, axis="kv")
             self.key_norm = RMSNorm(keys[5], config.head_dim, config.norm_epsilon, axis="kv")

@@ -14,9 +14,9 @@ Array = jax.Array
 class DecodeCache:
     """Keys and values of R decoder rows that belong to B prompts, R = B * G, prompt-major.
 
-    All rows write at the same slot; prompts of different lengths are aligned on the right, so that a
-    row's live keys are the interval [start, index). Layers are separate arrays because XLA then updates
-    each in place.
+    All rows write at the same slot; prompts of different lengths are aligned on the right, so that
+    a row's live keys are the interval [start, index). Layers are separate arrays because XLA then
+    updates each in place.
 
     Attributes:
         self_keys, self_values: per layer [R, K, S, H]: heads before slots, the layout the score

@@ -1,7 +1,7 @@
 """The architecture as numbers, and the FLOPs that follow from them.
 
-One `ModelConfig` describes T5 1.0, T5 1.1, mT5, umT5, ChatYuan, UniLM and LLaMA/Baichuan-like models;
-`gin/models/` holds the published ones.
+One `ModelConfig` describes T5 1.0, T5 1.1, mT5, umT5, ChatYuan, UniLM and LLaMA/Baichuan-like
+models; `gin/models/` holds the published ones.
 """
 
 import dataclasses
@@ -29,9 +29,7 @@ class ModelConfig:
         UserError: a value is unknown, or sizes do not fit together.
     """
 
-    architecture: str = _field(
-        "encoder_decoder", "encoder_decoder (T5) or prefix_lm (UniLM, LLaMA)"
-    )
+    architecture: str = _field("encoder_decoder", "encoder_decoder (T5), prefix_lm (UniLM, LLaMA)")
     vocab_size: int = _field(32128, "rows of the embedding, padding rows included", "tokens")
     embed_dim: int = _field(512, "width of the residual stream")
     mlp_dim: int = _field(1024, "width inside the feed-forward block")
@@ -56,18 +54,16 @@ class ModelConfig:
     qk_norm: bool = _field(False, "RMS-normalise queries and keys per head")
     attention_scale: float | None = _field(
         None,
-        "factor on attention scores; None: 1 for T5's biases without qk_norm, else head_dim**-0.5",
+        "factor on scores; None: 1 for T5's biases without qk_norm, else head_dim**-0.5",
     )
     dropout_rate: float = _field(0.0, "probability that a feature is dropped while training")
     norm_epsilon: float = _field(1e-6, "added to the mean square in RMSNorm")
     dtype: str = _field("float32", "compute dtype, float32 or bfloat16; parameters stay float32")
     scan_layers: bool = _field(
-        False, "one compiled layer run in a loop: compiles faster, runs slower"
+        False, "one compiled layer in a loop: faster to compile, slower to run"
     )
     remat: str = _field("none", "what the backward pass recomputes: none, full, dots, selective")
-    attention_implementation: str | None = _field(
-        None, "attention kernel; None chooses by platform"
-    )
+    attention_implementation: str | None = _field(None, "attention kernel; None: by platform")
 
     def __post_init__(self) -> None:
         """Checks every value; see the class."""

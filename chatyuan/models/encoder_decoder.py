@@ -55,7 +55,8 @@ class EncoderDecoder(LanguageModel):
 
         Args:
             batch: encoder_input_tokens, encoder_segment_ids, decoder_input_tokens and
-                decoder_segment_ids; encoder_positions and decoder_positions where positions are rotary.
+                decoder_segment_ids; encoder_positions and decoder_positions where positions are
+                rotary.
             dropout_key: None when not training.
         """
         encoder_key, decoder_key = (

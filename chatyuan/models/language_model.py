@@ -10,7 +10,7 @@ from chatyuan.kernels import AttentionMask
 from chatyuan.models.attention import Attention
 from chatyuan.models.cache import DecodeCache
 from chatyuan.models.config import ModelConfig
-from chatyuan.models.layers import Einsum, Embedder, truncated_normal
+from chatyuan.models.layers import Embedder, Linear, truncated_normal
 from chatyuan.models.stack import Block, Stack
 from chatyuan.ops.matmul import linear
 
@@ -39,7 +39,7 @@ class LanguageModel(nnx.Module):
         if not config.tie_embeddings:
             shape = (config.embed_dim, config.vocab_size)
             init = truncated_normal(config.embed_dim**-0.5)
-            self.logits_dense = Einsum(head_key, "btd,dv->btv", shape, ("embed", "vocab"), init)
+            self.logits_dense = Linear(head_key, shape, ("embed", "vocab"), init)
 
     def head_weight(self) -> Array:
         """Returns the matrix [D, V], float32, for which logits = hidden @ head_weight."""

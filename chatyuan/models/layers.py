@@ -34,7 +34,7 @@ def normal(standard_deviation: float) -> Initializer:
 
 
 def truncated_normal(standard_deviation: float) -> Initializer:
-    """Returns an initialiser drawing float32 normals cut at two deviations, rescaled to the given one."""
+    """Returns an initialiser drawing float32 normals cut at twice their deviation, rescaled."""
     # 0.8796 is the deviation of a unit normal cut at +-2.
     scale = standard_deviation / 0.87962566103423978
     return lambda key, shape: (
@@ -71,19 +71,17 @@ def dropout(x: Array, rate: float, key: Array | None, site: int) -> Array:
     return x * factor
 
 
-class Einsum(nnx.Module):
-    """A weight matrix with the equation that applies it: the only place where activations meet weights."""
+class Linear(nnx.Module):
+    """A weight matrix: the only module in which activations meet weights."""
 
     def __init__(
         self,
         key: Array,
-        equation: str,
         shape: tuple[int, ...],
         axes: tuple[str, ...],
         init: Initializer,
     ) -> None:
-        """Creates the matrix; `equation` takes (input, kernel)."""
-        self.equation = equation
+        """Creates the matrix `kernel`, [in, out]."""
         self.kernel = param(key, shape, axes, init)
 
     def __call__(self, x: Array) -> Array:
@@ -136,11 +134,9 @@ class Mlp(nnx.Module):
         embed, mlp = config.embed_dim, config.mlp_dim
         for i, name in enumerate(self.input_names):
             init = truncated_normal(embed**-0.5)
-            setattr(
-                self, name, Einsum(keys[i], "btd,df->btf", (embed, mlp), ("embed", "mlp"), init)
-            )
+            setattr(self, name, Linear(keys[i], (embed, mlp), ("embed", "mlp"), init))
         init = truncated_normal(mlp**-0.5)
-        self.wo = Einsum(keys[count], "btf,fd->btd", (mlp, embed), ("mlp", "embed"), init)
+        self.wo = Linear(keys[count], (mlp, embed), ("mlp", "embed"), init)
 
     @property
     def input_names(self) -> tuple[str, ...]:

@@ -132,7 +132,7 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Blocks whose parameters are stacked on axis 0, with the bias they share and the final norm."""
+    """Blocks with parameters stacked on axis 0, the bias they share and the final norm."""
 
     def __init__(
         self, key: Array, config: ModelConfig, num_layers: int, *, cross: bool, bidirectional: bool
@@ -187,7 +187,7 @@ class Stack(nnx.Module):
             The last carry, and the ys: stacked on axis 0 when scanned or unrolled by configuration.
         """
         graph, stacked = nnx.split(self.layers)
-        stacked = nnx.pure(stacked)
+        stacked = nnx.as_pure(stacked)
 
         def layer(carry: Any, inputs: tuple[Any, Array, Any]) -> tuple[Any, Any]:
             params, index, x = inputs

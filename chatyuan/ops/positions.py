@@ -27,8 +27,9 @@ def rope(x_BTNH: Array, positions_BT: Array, theta: float = 10000.0) -> Array:
 def alibi_slopes(num_heads: int) -> np.ndarray:
     """Returns ALiBi's slope per head, float32 [N].
 
-    Geometric from 2**(-8/n) for a power of two n; other head counts take the extra slopes from every
-    second one of the next power, as the authors' code does (Press et al. 2022, arXiv:2108.12409).
+    Geometric from 2**(-8/n) for a power of two n; other head counts take the extra slopes from
+    every second one of the next power, as the authors' code does (Press et al. 2022,
+    arXiv:2108.12409).
     """
 
     def geometric(count: int) -> list[float]:
