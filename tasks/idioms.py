@@ -6,6 +6,7 @@ from typing import Any
 from chatyuan.data import seqio_tasks
 from chatyuan.data.sources import hash_fraction
 from chatyuan.text import files
+from chatyuan.text.normalize import normalize
 from tasks import sources
 
 LETTERS = ("A", "B", "C", "D")
@@ -25,7 +26,7 @@ def texts(split: str, skipped: files.Skipped) -> Iterator[dict[str, Any]]:
             parts.append(f"出处：{item['derivation']}")
         if item["example"]:
             parts.append(f"例句：{item['example']}")
-        yield {"targets": "".join(parts), "id": item.id}
+        yield {"targets": normalize("".join(parts)), "id": item.id}
 
 
 def _usable(split: str, skipped: files.Skipped) -> list[sources.Item]:
