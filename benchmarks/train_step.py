@@ -3,8 +3,8 @@
     python benchmarks/train_step.py --t5x_path=/path/to/t5x [--check]
 
 All three systems hold the same float32 weights, see the same batch with padding at the row ends,
-use no dropout, and update with the same rule. They run in processes of their own and take turns. The
-first loss of all three must agree to 1e-5 of itself, or nothing is reported: a faster step that
+use no dropout, and update with the same rule. They run in processes of their own and take turns.
+The first loss of all three must agree to 1e-5 of itself, or nothing is reported: a faster step that
 computes something else is not faster. T5X runs its own network, loss, optimizer and partitioned
 trainer step; Hugging Face runs `T5ForConditionalGeneration` in eager mode with the head untied from
 the embedding (transformers ties them when left alone, which trains a smaller model).
@@ -227,7 +227,8 @@ def make_t5x(
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, state.params)
     run = trainer.Trainer(
         model=model, train_state=state.replace_params(params), partitioner=partitioner,
-        eval_names=[], summary_dir=None, train_state_axes=initializer.train_state_axes, rng=jax.random.PRNGKey(0),
+        eval_names=[], summary_dir=None, train_state_axes=initializer.train_state_axes,
+        rng=jax.random.PRNGKey(0),
         learning_rate_fn=lambda step: jnp.float32(LEARNING_RATE), num_microbatches=None,
     )  # fmt: skip
     run.compile_train(batch)
