@@ -1,0 +1,288 @@
+"""Sharding on 8 fake devices: meshes, the rules table, the state, the batch, and equal training."""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from chatyuan import sharding
+from chatyuan.errors import UserError
+from chatyuan.models import ModelConfig, build
+from chatyuan.models.loss import supervised_loss
+from chatyuan.train.state import init_state
+from chatyuan.train.step import make_train_step
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "train"))
+import train_problem as problem  # noqa: E402
+
+# (mesh, microbatches)
+RUNS = [
+    ({"data": 8}, 2),
+    ({"data": 2, "fsdp": 4}, 1),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, 2),
+    ({"fsdp": 2, "sequence": 2, "stage": 2}, 1),
+]
+
+
+def _mesh(**shape):
+    return sharding.make_mesh(shape)
+
+
+def test_mesh_has_every_axis_and_takes_the_rest():
+    mesh = sharding.make_mesh({"data": -1, "tensor": 2})
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1, "stage": 1}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert mesh.devices.size == 8
+
+
+def test_mesh_of_given_devices():
+    assert sharding.make_mesh({"data": -1}, devices=jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            {"data": 3},
+            "MESH data=3 needs 3 devices but there are 8; use --gin.MESH=\"{'data': -1}\"",
+        ),
+        (
+            {"data": 8, "tensor": 2},
+            "needs 16 devices but there are 8; use --gin.MESH=\"{'data': -1, 'tensor': 2}\"",
+        ),
+        ({"data": -1, "tensor": 3}, "needs a multiple of 3 devices but there are 8"),
+        ({"data": 4}, "needs 4 devices but there are 8"),
+        ({"model": 8}, "MESH has the axis 'model'; the axes are data, fsdp"),
+        ({"tensr": 8}, "Did you mean tensor?"),
+        ({"data": -1, "fsdp": -1}, "-1 for data and fsdp; only one"),
+        ({"data": 0}, "must be a positive number"),
+        ({"data": 2.0}, "must be a positive number"),
+    ],
+)
+def test_mesh_mistakes(shape, message):
+    with pytest.raises(UserError) as error:
+        sharding.make_mesh(shape)
+    assert message in str(error.value)
+
+
+def test_specs_follow_the_rules():
+    mesh = _mesh(data=2, fsdp=2, tensor=2)
+    spec = sharding.partition_spec
+    assert spec(("embed", "mlp"), mesh) == PartitionSpec("fsdp", "tensor")
+    assert spec(("layers", "heads", "embed"), mesh) == PartitionSpec(None, "tensor", "fsdp")
+    assert spec(("batch", "length", None), mesh) == PartitionSpec(("data", "fsdp"), None, None)
+    assert spec((), mesh) == PartitionSpec()
+
+
+def test_two_axes_on_one_mesh_axis_are_an_error_unless_it_has_one_part():
+    with pytest.raises(UserError) as error:
+        sharding.partition_spec(("vocab", "mlp"), _mesh(data=4, tensor=2), name="fused/kernel")
+    assert "fused/kernel: the axes 'vocab' and 'mlp'" in str(error.value)
+    assert "'tensor'" in str(error.value)
+    assert sharding.partition_spec(("vocab", "mlp"), _mesh(data=8)) == PartitionSpec(None, None)
+
+
+def test_parameter_that_does_not_divide_is_named():
+    with pytest.raises(UserError) as error:
+        sharding.shardings(
+            {"attention": {"query": jax.ShapeDtypeStruct((16, 6), jnp.float32)}},
+            {"attention": {"query": ("embed", "heads")}},
+            _mesh(data=2, tensor=4),
+        )
+    assert "attention/query: its axis 'heads' of size 6 does not divide over 4" in str(error.value)
+
+
+def test_unknown_logical_axis_is_a_programming_error():
+    with pytest.raises(AssertionError, match="'colour' has no rule"):
+        sharding.partition_spec(("colour",), _mesh(data=8))
+
+
+def test_shardings_are_never_a_no_op_on_cpu():
+    mesh = _mesh(data=2, fsdp=2, tensor=2)
+    params = problem.init_params()
+    placed = jax.device_put(params, sharding.shardings(params, problem.AXES, mesh))
+    shard = placed["wi"].addressable_shards[0]
+    assert shard.data.shape == (2, problem.EMBED // 2, problem.MLP // 2)
+    assert len({s.device for s in placed["wi"].addressable_shards}) == 8
+
+
+def test_batch_becomes_global_arrays():
+    mesh = _mesh(data=2, fsdp=2, sequence=2)
+    batch = problem.make_batch(8)
+    placed = sharding.shard_batch(batch, mesh)
+    for name, value in batch.items():
+        np.testing.assert_array_equal(placed[name], value)
+        spec = PartitionSpec(("data", "fsdp"), ("sequence",))
+        assert placed[name].sharding == NamedSharding(mesh, spec)
+        assert placed[name].addressable_shards[0].data.shape == (2, problem.LENGTH // 2)
+
+
+def test_batch_that_does_not_divide_over_the_data_shards():
+    with pytest.raises(UserError) as error:
+        sharding.shard_batch({"tokens": np.zeros((130, 4), np.int32)}, _mesh(data=8))
+    assert str(error.value) == (
+        "train batch of 130 sequences does not divide over 8 data shards (mesh data=8); "
+        "use 128 or 136: --gin.BATCH_SIZE=128"
+    )
+
+
+def test_length_that_does_not_divide_over_the_sequence_axis():
+    with pytest.raises(UserError, match="tokens: its axis 'length' of size 5"):
+        sharding.shard_batch({"tokens": np.zeros((8, 5), np.int32)}, _mesh(data=4, sequence=2))
+
+
+def test_check_batch_counts_microbatches():
+    mesh = _mesh(data=8)
+    sharding.check_batch(32, mesh, 4)
+    with pytest.raises(UserError) as error:
+        sharding.check_batch(24, mesh, 2)
+    assert "8 data shards (mesh data=8) times 2 microbatches; use 16 or 32" in str(error.value)
+    with pytest.raises(
+        UserError, match="5 sequences does not divide over 2 microbatches; use 4 or 6"
+    ):
+        sharding.check_batch(5, sharding.make_mesh({"data": 1}, jax.devices()[:1]), 2)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "muon"])
+def test_state_lies_where_its_parameters_lie(name):
+    mesh = _mesh(data=2, fsdp=2, tensor=2)
+    _, optimizer = problem.make_parts(
+        name, **({"min_dim_size_to_factor": 8} if name == "adafactor" else {})
+    )
+    abstract = jax.eval_shape(lambda: init_state(problem.init_params(), optimizer, ema=True))
+    placement = sharding.state_shardings(abstract, problem.AXES, mesh)
+    expected = sharding.shardings(abstract.params, problem.AXES, mesh)
+    assert placement.params == placement.ema == expected
+    assert placement.step.spec == PartitionSpec()
+    specs = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): place.spec
+        for path, place in jax.tree_util.tree_leaves_with_path(placement.opt_state)
+    }
+    both = PartitionSpec(None, "fsdp", "tensor")
+    if name == "adafactor":
+        assert specs["moments/wi/row"] == PartitionSpec(None, "fsdp", None)
+        assert specs["moments/wi/column"] == PartitionSpec(None, None, "tensor")
+        assert specs["moments/norm/full"] == PartitionSpec("fsdp")
+    else:
+        moments = [spec for path, spec in specs.items() if path.endswith("/wi")]
+        assert moments == [both] * (2 if name == "adamw" else 1)
+    assert all(spec == PartitionSpec() for path, spec in specs.items() if "count" in path)
+
+
+def test_bytes_per_device():
+    mesh = _mesh(data=2, fsdp=4)
+    params = jax.eval_shape(problem.init_params)
+    placement = sharding.shardings(params, problem.AXES, mesh)
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
+    # Every parameter of the problem has an "embed" axis.
+    assert sharding.bytes_per_device(params, placement) == whole // 4
+    described = sharding.with_shardings(params, placement)
+    assert described["wi"].sharding == placement["wi"]
+    assert described["wi"].shape == params["wi"].shape
+
+
+def _train(mesh, microbatches, name, steps=3):
+    """(final parameters, losses, gradient norms) of a short run on a mesh, or on one device."""
+    schedule, optimizer = problem.make_parts(name, clip_norm=1.0)
+    loss_fn = problem.make_loss(dropout_rate=0.2)
+    step = make_train_step(loss_fn, optimizer, schedule, microbatches=microbatches, seed=1)
+    state = init_state(problem.init_params(), optimizer)
+    if mesh is not None:
+        placement = sharding.state_shardings(state, problem.AXES, mesh)
+        state = jax.device_put(state, placement)
+    losses, norms = [], []
+    for index in range(steps):
+        batch = problem.make_batch(16, seed=index)
+        batch = jax.device_put(batch) if mesh is None else sharding.shard_batch(batch, mesh)
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+        norms.append(float(metrics["grad_norm"][0]))
+        if mesh is not None:
+            for leaf, place in zip(*map(jax.tree.leaves, (state, placement)), strict=True):
+                assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    return jax.tree.map(np.asarray, state.params), losses, norms
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return {m: _train(None, m, "adamw") for m in (1, 2)}
+
+
+@pytest.mark.parametrize(("shape", "microbatches"), RUNS, ids=str)
+def test_eight_devices_equal_one(one_device, shape, microbatches):
+    params, losses, norms = _train(sharding.make_mesh(shape), microbatches, "adamw")
+    expected_params, expected_losses, expected_norms = one_device[microbatches]
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    np.testing.assert_allclose(norms, expected_norms, rtol=1e-5)
+    for name, value in expected_params.items():
+        np.testing.assert_allclose(
+            params[name], value, atol=1e-5 * np.abs(value).max(), err_msg=name
+        )
+
+
+def test_every_device_computes_its_share_of_a_microbatch():
+    """The rows of a microbatch are spread over the data shards, not worked off by all of them."""
+    schedule, optimizer = problem.make_parts()
+    flops = {}
+    for devices in (1, 8):
+        mesh = sharding.make_mesh({"data": devices}, jax.devices()[:devices])
+        step = make_train_step(problem.make_loss(), optimizer, schedule, microbatches=2)
+        state = init_state(problem.init_params(), optimizer)
+        state = jax.device_put(state, sharding.state_shardings(state, problem.AXES, mesh))
+        batch = sharding.shard_batch(problem.make_batch(256), mesh)
+        flops[devices] = step.lower(state, batch).compile().cost_analysis()["flops"]
+    assert flops[8] < flops[1] / 6
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
+def test_eight_devices_equal_one_with_the_real_model(architecture):
+    config = ModelConfig(
+        architecture=architecture, vocab_size=64, embed_dim=16, mlp_dim=32, num_heads=2,
+        head_dim=8, num_encoder_layers=2, num_decoder_layers=2,
+    )  # fmt: skip
+    model = build(config)
+    rows = {"tokens": np.random.default_rng(0).integers(1, 64, (8, 16)).astype(np.int32)}
+    ones = np.ones((8, 16), np.int32)
+    positions = np.arange(16, dtype=np.int32) * ones
+    batch = {
+        "decoder_input_tokens": np.pad(rows["tokens"], ((0, 0), (1, 0)))[:, :-1],
+        "decoder_target_tokens": rows["tokens"],
+        "decoder_loss_weights": (positions > 3).astype(np.float32),
+        "decoder_segment_ids": ones,
+        "decoder_positions": positions,
+    }
+    if architecture == "encoder_decoder":
+        batch |= {
+            "encoder_input_tokens": rows["tokens"][::-1].copy(),
+            "encoder_segment_ids": ones,
+            "encoder_positions": positions,
+        }
+    else:
+        batch["decoder_causal_attention"] = (positions < 4).astype(np.int32)
+    loss_fn = supervised_loss(model)
+
+    @jax.jit
+    def loss_and_gradients(params, batch):
+        def mean(params):
+            total, weight, _ = loss_fn(params, batch, None)
+            return total / weight
+
+        return jax.value_and_grad(mean)(params)
+
+    params = jax.jit(model.init)(jax.random.key(0))
+    expected, expected_gradients = loss_and_gradients(params, batch)
+    mesh = _mesh(data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(params, sharding.shardings(params, model.logical_axes(), mesh))
+    loss, gradients = loss_and_gradients(placed, sharding.shard_batch(batch, mesh))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for (path, value), gradient in zip(
+        jax.tree_util.tree_leaves_with_path(expected_gradients),
+        jax.tree.leaves(gradients),
+        strict=True,
+    ):
+        limit = 1e-5 * max(np.abs(value).max(), 1e-3)
+        np.testing.assert_allclose(gradient, value, atol=limit, err_msg=str(path))
