@@ -22,7 +22,7 @@ from jax import Array, lax
 
 from chatyuan.decode import sampling, stopping
 from chatyuan.decode.config import DecodeConfig
-from chatyuan.ops.sampling import log_normaliser
+from chatyuan.ops.sampling import largest, log_normaliser
 
 # Hugging Face's "worse than any score"; its arithmetic on it is kept, ties included.
 FLOOR = -1.0e9
@@ -64,15 +64,15 @@ def _candidates(
     if processors.active:
         history_RT = running.tokens.reshape(batch * beams, -1)
         processed_RV = processors(logits_RV - normaliser_R1, history_RT, generated)
-        best_RM, ids_RM = lax.top_k(processed_RV, each)
+        best_RM, ids_RM = largest(processed_RV, each)
     else:
-        best_RM, ids_RM = lax.top_k(logits_RV, each)
+        best_RM, ids_RM = largest(logits_RV, each)
         best_RM = best_RM - normaliser_R1
     channels = [best_RM]
     if config.model_log_probs:
         channels.append(jnp.take_along_axis(logits_RV, ids_RM, axis=1) - normaliser_R1)
     totals_BKM = best_RM.reshape(batch, beams, each) + running.scores[:, :, None]
-    scores_BM, places_BM = lax.top_k(totals_BKM.reshape(batch, -1), min(keep, beams * each))
+    scores_BM, places_BM = largest(totals_BKM.reshape(batch, -1), min(keep, beams * each))
     flat = [c.reshape(batch, -1) for c in channels]
     log_probs_BMC = jnp.stack([_gather(c, places_BM) for c in flat], axis=-1)
     return (
@@ -127,7 +127,7 @@ def _merge(
         pool,
         dataclasses.replace(candidates, scores=scores_BM),
     )
-    _, places_BK = lax.top_k(merged.scores, beams)
+    _, places_BK = largest(merged.scores, beams)
     filled_BK = _gather(jnp.concatenate([full_BK, entering_BM], axis=1), places_BK)
     return merged.take(places_BK), filled_BK
 
@@ -195,7 +195,7 @@ def search(
         candidates = _extend(running, beams_BM, ids_BM, log_probs_BMC, scores_BM, generated)
         ended_BM = stopping.is_end(ids_BM, processors.eos_ids) | (generated + 1 == capacity)
         alive_BM = scores_BM + jnp.where(ended_BM, FLOOR, 0.0)
-        alive_BK, places_BK = lax.top_k(alive_BM, beams)
+        alive_BK, places_BK = largest(alive_BM, beams)
         running = dataclasses.replace(candidates.take(places_BK), scores=alive_BK)
         pool, full_BK = _merge(config, pool, full_BK, open_B, candidates, ended_BM, generated)
         generated = generated + 1

@@ -87,6 +87,15 @@ def select(scores_BV: Array, ids_B: Array) -> Array:
     return jnp.take_along_axis(scores_BV, ids_B[:, None], axis=1)[:, 0]
 
 
+def largest(scores_BV: Array, k: int) -> tuple[Array, Array]:
+    """The k best scores of each row in falling order and their ids, `[B, k]` each.
+
+    The barrier keeps XLA on CPU from merging a later slice into the selection, which would turn the
+    partial selection into a sort of the whole vocabulary, a hundred times slower.
+    """
+    return lax.optimization_barrier(tuple(lax.top_k(scores_BV, k)))
+
+
 def greedy(scores_BV: Array) -> Array:
     """The best token of each row, int32 `[B]`; the lowest id among equals.
 
@@ -117,7 +126,7 @@ def sample(
       ids int32 `[B]` and log-probabilities float32 `[B]` of the renormalised kept distribution.
     """
     if 0 < top_k < scores_BV.shape[-1]:
-        top_BK, ids_BK = lax.top_k(scores_BV, top_k)
+        top_BK, ids_BK = largest(scores_BV, top_k)
         weights_BK = jnp.exp((top_BK - top_BK[:, :1]) / temperature)
         if top_p < 1:
             mass_BK = jnp.cumsum(weights_BK, axis=-1)
@@ -145,7 +154,7 @@ def nucleus_threshold(weights_BV: Array, top_p: float) -> Array:
     the threshold of a bisection, so a row's result never depends on the other rows.
     """
     goal_B1 = top_p * jnp.sum(weights_BV, axis=-1, keepdims=True)
-    top_BK, _ = lax.top_k(weights_BV, min(BLOCK, weights_BV.shape[-1]))
+    top_BK, _ = largest(weights_BV, min(BLOCK, weights_BV.shape[-1]))
     mass_BK = jnp.cumsum(top_BK, axis=-1)
     count_B1 = jnp.sum(mass_BK - top_BK < goal_B1, axis=-1, keepdims=True)
     near_B1 = jnp.take_along_axis(top_BK, count_B1 - 1, axis=1)
