@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and what its messages are made of."""
+"""Exceptions whose message is all that the user needs, and what such messages are made of."""
 
 import difflib
 from collections.abc import Iterable
@@ -23,6 +23,13 @@ class UserError(ValueError):
 
     The message names the thing, its value, the constraint and the remedy. `chatyuan.main` prints it
     on stderr and exits with status 2, without a traceback unless `--debug` is given.
+    """
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on for a known reason; its message says why and what to try.
+
+    Not a mistake in a command: `chatyuan.main` prints it alone and exits with status 1.
     """
 
 

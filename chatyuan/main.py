@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from chatyuan import stages as stages_package
-from chatyuan.errors import UserError, did_you_mean, missing_package
+from chatyuan.errors import RunFailed, UserError, did_you_mean, missing_package
 
 USAGE = "python run.py STAGE [ARGUMENT...] [--gin_file=FILE]... [--gin.NAME=VALUE]... [--dry_run]"
 SWITCHES = ("dry_run", "debug", "help")
@@ -52,6 +52,10 @@ def main(argv: Sequence[str]) -> int:
         if "--debug" in argv:
             traceback.print_exc()
         return _fail(2, str(error))
+    except RunFailed as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        return _fail(1, str(error))
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "Interrupted. Starting again in the same MODEL_DIR continues.")
     except BrokenPipeError:  # the reader of our output (`| head`) has left

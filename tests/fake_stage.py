@@ -20,7 +20,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal
 
-from chatyuan import configs
+from chatyuan import configs, errors
 from chatyuan.errors import UserError
 
 FLAGS = {"precompile": "compile and stop", "restart_on_failure": "how often to try again"}

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from chatyuan.checkpoints import Checkpointer
-from chatyuan.errors import UserError
+from chatyuan.errors import RunFailed, UserError
 from chatyuan.metrics import Writer, duration, peak_flops
 
 PyTree = Any
@@ -33,7 +33,7 @@ FIRST = ("loss", "learning_rate", "grad_norm")  # of a report, for those who rea
 TOKENS = "_tokens"  # how the names of token counts end (input_tokens, target_tokens, ...)
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(RunFailed):
     """The run cannot go on; the message says why and what to try. Exit status 1."""
 
 
