@@ -1,0 +1,1 @@
+"""From text to batches: sources, token caches, objectives, packing and the loader."""
