@@ -219,16 +219,13 @@ def _baseline(
     config: Config, task: str, vocabulary: Vocabulary, examples: Sequence[Mapping[str, Any]]
 ) -> float:
     """Accuracy of logistic regression on character n-grams, fitted to the cached train split."""
-    from chatyuan.evaluate.baseline import linear_baseline
+    from chatyuan.evaluate.baseline import char_ngram_accuracy
 
     train = open_cache(config.cache_dir, task, "train", vocabulary)
     inputs, targets = (
-        vocabulary.decode_batch(
-            train.features[name][row].tolist() for row in range(len(train))
-        )
-        for name in ("inputs", "targets")
+        [vocabulary.decode(row) for row in train.features[name]] for name in ("inputs", "targets")
     )
-    return linear_baseline(
+    return char_ngram_accuracy(
         inputs, targets, [e["inputs"] for e in examples], [e["targets"] for e in examples]
     )
 

@@ -1,0 +1,1 @@
+"""Pure array maths: losses, positions, sampling, matrix products. No modules, no configs."""

