@@ -1,4 +1,4 @@
-"""What every test shares: 8 fake CPU devices, a compilation cache, strict promotion where it counts."""
+"""What all tests share: 8 fake CPU devices, a compilation cache, strict promotion where it counts."""
 
 import os
 import pathlib
@@ -12,9 +12,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
 # Compile time dominates the suite: one cache for this run and for the subprocesses it starts.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "chatyuan-test-jax-cache")
-)
+_CACHE = pathlib.Path(tempfile.gettempdir()) / "chatyuan-test-jax-cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax  # noqa: E402

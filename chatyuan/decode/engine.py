@@ -91,42 +91,10 @@ def make_generate(
         valid_vocab_size=valid_vocab_size,
     )
 
+    ends = {"start_id": start_id, "pad_id": pad_id}
+
     def run(params: Any, tokens: Array, lengths: Array, seeds: Array) -> DecodeOutput:
-        bound = model.bind(params)
-        logits_BV, cache = bound.prefill(tokens, lengths, config.max_decode_length)
-        cache = cache.expand(config.rows_per_prompt)
-
-        def step(tokens_R: Array, cache: Any) -> tuple[Array, Any]:
-            return model.bind(params).step(tokens_R, cache)
-
-        if config.method == "beam":
-            found = beam.search(
-                config,
-                processors,
-                step,
-                logits_BV,
-                cache,
-                lengths > 0,
-                start_id=start_id,
-                pad_id=pad_id,
-            )
-        else:
-            uniforms_TR2 = None
-            if config.method == "sample":
-                keys_R = sampling.row_keys(seeds, config.num_samples)
-                uniforms_TR2 = row_uniforms(keys_R, config.max_decode_length)
-            found = _decode_rows(
-                config,
-                processors,
-                step,
-                logits_BV,
-                cache,
-                lengths > 0,
-                uniforms_TR2,
-                start_id=start_id,
-                pad_id=pad_id,
-            )
-        return _output(config, tokens.shape[0], *found)
+        return _run(model, config, processors, params, tokens, lengths, seeds, **ends)
 
     compiled = jax.jit(run)
 
@@ -145,6 +113,38 @@ def make_generate(
 
     generate.num_compiled = compiled._cache_size
     return generate
+
+
+def _run(
+    model: DecodableModel,
+    config: DecodeConfig,
+    processors: sampling.Processors,
+    params: Any,
+    tokens: Array,
+    lengths: Array,
+    seeds: Array,
+    *,
+    start_id: int,
+    pad_id: int,
+) -> DecodeOutput:
+    """Reads the prompts once, then searches or draws; what `make_generate` compiles."""
+    logits_BV, cache = model.bind(params).prefill(tokens, lengths, config.max_decode_length)
+    cache = cache.expand(config.rows_per_prompt)
+
+    def step(tokens_R: Array, cache: Any) -> tuple[Array, Any]:
+        return model.bind(params).step(tokens_R, cache)
+
+    common = (config, processors, step, logits_BV, cache, lengths > 0)
+    ends = {"start_id": start_id, "pad_id": pad_id}
+    if config.method == "beam":
+        found = beam.search(*common, **ends)
+    else:
+        uniforms_TR2 = None
+        if config.method == "sample":
+            keys_R = sampling.row_keys(seeds, config.num_samples)
+            uniforms_TR2 = row_uniforms(keys_R, config.max_decode_length)
+        found = _decode_rows(*common, uniforms_TR2, **ends)
+    return _output(config, tokens.shape[0], *found)
 
 
 def _decode_rows(

@@ -81,7 +81,7 @@ def show(vocabulary: Vocabulary, ids: Any) -> str:
 
 
 def _pairs(loader: Loader | EvalLoader, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(prompt, target) ids of `count` segments spread over the whole split (over batch 0 of a stream)."""
+    """(prompt, target) ids of `count` segments spread over the split (over batch 0 of a stream)."""
     batches = len(loader) if isinstance(loader, EvalLoader) else 1
     chosen = np.unique(np.linspace(0, batches - 1, min(count, batches)).astype(int))
     found = [list(_segments(loader.batch(int(index)))) for index in chosen]

@@ -322,7 +322,8 @@ def _activation_bytes(parts: Parts) -> float:
     shards = parts.mesh.shape["data"] * parts.mesh.shape["fsdp"]
     rows = data.batch_size / parts.config.microbatches / shards
     width = 2 if config.dtype == "bfloat16" else 4
-    streams = {"full": 1.0, "dots": 8.0}.get(config.remat, 14 + 4 * config.mlp_dim / config.embed_dim)
+    everything = 14 + 4 * config.mlp_dim / config.embed_dim
+    streams = {"full": 1.0, "dots": 8.0}.get(config.remat, everything)
     scores = 0 if config.remat in ("full", "selective") else 2 * config.num_heads
     if config.architecture == "prefix_lm":
         length = data.input_length + data.target_length

@@ -24,7 +24,6 @@ from chatyuan.data.loader import DataConfig, EvalLoader, open_sources
 from chatyuan.data.objectives import Objective, ObjectiveConfig
 from chatyuan.decode.config import DecodeConfig
 from chatyuan.decode.text import TextConfig, TextGenerator
-from chatyuan.errors import UserError
 from chatyuan.evaluate import text_metrics
 from chatyuan.evaluate.choices import ChoiceScorer
 from chatyuan.models import Model, build
@@ -185,7 +184,7 @@ def _generate(
 
 
 def _loss(subject: _Subject, task: str) -> dict[str, float]:
-    """Teacher-forced loss of the whole split: nats per target token, bits per byte of target text."""
+    """Teacher-forced loss of the split: nats per target token, bits per byte of target text."""
     config = subject.config
     objective = Objective(
         ObjectiveConfig(name="seq2seq"), subject.vocabulary, subject.model.config.architecture
