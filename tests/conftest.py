@@ -1,4 +1,4 @@
-"""What all tests share: 8 fake CPU devices, a compilation cache, strict promotion where it counts."""
+"""What all tests share: fake devices, a compilation cache, strict promotion where it counts."""
 
 import os
 import pathlib
