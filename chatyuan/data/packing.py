@@ -26,6 +26,8 @@ _PATIENCE = 4 * POOL  # arrivals after which a long document starts a row by its
 # A document that takes more than LARGE of one side and LOPSIDED less of the other leaves a row that
 # nothing can fill: it is cut as if it were longer than a row.
 _LARGE, _LOPSIDED = 0.6, 0.15
+_NEARLY_FULL = 0.25  # share of a row left at which two examples that close it are looked for
+_EVEN = 0.05  # difference of the shares left on both sides of an evenly filled row
 _MAX_TRIES = 6  # documents looked at for a cut
 # A bare constant argument would compile the callee once more.
 _NO, _YES = np.int64(0), np.int64(1)
@@ -122,10 +124,28 @@ def _best_whole(
             continue
         left_a, left_b = (room_a - a) * per_a, (room_b - b) * per_b
         worst = max(left_a, left_b)
-        cost = worst + _CLOSES if worst <= TOLERANCE else 2.0 * abs(left_a - left_b) + worst
+        cost = worst + _CLOSES if worst <= TOLERANCE else 20.0 * abs(left_a - left_b) + worst
         if cost < best_cost:
             best, best_cost = i, cost
     return best, best_cost, oldest
+
+
+@numba.njit(cache=True, nogil=True)
+def _closing_pair(
+    pool: _Pool, count: int, room_a: int, room_b: int, per_a: float, per_b: float
+) -> int:
+    """An example that closes the row together with a second one; -1 if no two do."""
+    slack_a = np.int64(TOLERANCE / per_a)
+    slack_b = np.int64(TOLERANCE / per_b) if per_b > 0.0 else _NO
+    for i in range(count):
+        a, b = room_a - pool.size_a[i], room_b - pool.size_b[i]
+        if pool.size_a[i] <= 0 or a <= 0 or b < 0:
+            continue
+        for j in range(i):
+            spare_a, spare_b = a - pool.size_a[j], b - pool.size_b[j]
+            if 0 <= spare_a <= slack_a and 0 <= spare_b <= slack_b and pool.size_a[j] > 0:
+                return i
+    return -1
 
 
 @numba.njit(cache=True, nogil=True)
@@ -202,7 +222,10 @@ def _choose(
     slot, cost, oldest = _best_whole(pool, count, room[0], room[1], per[0], per[1])
     if cost < -1.0:
         return slot, pool.length[slot]
-    cut, length, worst = _best_cut(v, e, pool, count, _YES, room, per, empty)
+    cut, length, worst = _NO - 1, _NO, 1.0
+    # Mid-row the piece of a long document closes only a row that is evenly filled.
+    if empty == 1 or slot < 0 or abs(room[0] * per[0] - room[1] * per[1]) <= _EVEN:
+        cut, length, worst = _best_cut(v, e, pool, count, _YES, room, per, empty)
     if cut >= 0 and worst <= TOLERANCE:
         return cut, length
     if empty == 1 and pool.size_a[oldest] > 0:
@@ -210,6 +233,9 @@ def _choose(
     if empty == 1 and pool.arrival[oldest] + _PATIENCE < arrivals:
         return oldest, _opening(v, e.variant[pool.example[oldest]], pool, oldest, full, per)
     if slot >= 0:
+        if max(room[0] * per[0], room[1] * per[1]) <= _NEARLY_FULL:
+            pair = _closing_pair(pool, count, room[0], room[1], per[0], per[1])
+            slot = pair if pair >= 0 else slot
         return slot, pool.length[slot]
     if cut >= 0:
         return cut, length
@@ -276,6 +302,7 @@ def pack(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
         if count > 0:
             slot, tokens = _choose(v, e, pool, count, arrivals, room, full)
         if slot < 0:
+            assert room != full or count == 0, "check_lengths lets something fit an empty row"
             if room != full:
                 rows += 1
                 if rows == len(row_offsets):
