@@ -87,7 +87,9 @@ def _run(argv: list[str]) -> int:
             raise UserError(_unknown_flag(name, [*SWITCHES, *OPTIONS, *own_flags], command.stage))
 
     from chatyuan import configs  # gin and the stage are needed from here on
+    from chatyuan.stages import _host
 
+    _host.configure()  # before anything starts jax's threads
     if "help" in command.switches:
         print(configs.stage_help(command.stage, own_flags))
         return 0

@@ -54,7 +54,7 @@ def char_ngram_accuracy(
         analyzer="char", ngram_range=ngrams, min_df=min_count, sublinear_tf=True, dtype=np.float32
     )
     features = vectorizer.fit_transform(train_texts)
-    model = LogisticRegression(C=4.0, max_iter=1000, solver="liblinear", random_state=0)
+    model = LogisticRegression(C=4.0, max_iter=1000, solver="lbfgs", random_state=0)
     model.fit(features, train_labels)
     return float(model.score(vectorizer.transform(test_texts), test_labels))
 

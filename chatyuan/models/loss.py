@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from chatyuan.errors import UserError
+from chatyuan.errors import UserError, did_you_mean
 from chatyuan.ops import losses
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
+NORMALIZATIONS = ("token", "sequence")
 LossFn = Callable[[Any, Mapping[str, jax.Array], Any], tuple[jax.Array, jax.Array, Metrics]]
 
 
@@ -30,6 +31,13 @@ class LossConfig:
         default=0.0,
         metadata={"help": "probability moved from the target to the other pieces, in [0, 1)"},
     )
+    normalization: str = field(
+        default="token",
+        metadata={
+            "help": "what counts alike: every target token, or every sequence (T5X's "
+            "AVERAGE_PER_SEQUENCE: short answers are not drowned by long ones)"
+        },
+    )
 
     def __post_init__(self) -> None:
         """Raises UserError for coefficients outside their range."""
@@ -42,6 +50,11 @@ class LossConfig:
             raise UserError(
                 f"LossConfig.label_smoothing = {self.label_smoothing} is outside [0, 1); "
                 "use 0 to turn it off or 0.1 as in machine translation."
+            )
+        if self.normalization not in NORMALIZATIONS:
+            raise UserError(
+                f"LossConfig.normalization = {self.normalization!r} must be one of "
+                f"{', '.join(NORMALIZATIONS)}.{did_you_mean(self.normalization, NORMALIZATIONS)}"
             )
 
 
@@ -65,6 +78,8 @@ def supervised_loss(model: Any, loss_config: LossConfig | None = None) -> LossFn
         module = model.bind(params)
         hidden_BTD = module.hidden(batch, dropout_key=dropout_key)
         weights_BT = batch["decoder_loss_weights"].astype(jnp.float32)
+        if config.normalization == "sequence":
+            weights_BT = per_sequence(weights_BT, batch["decoder_segment_ids"])
         sums = losses.cross_entropy(
             module.logits(hidden_BTD),
             batch["decoder_target_tokens"],
@@ -84,6 +99,22 @@ def supervised_loss(model: Any, loss_config: LossConfig | None = None) -> LossFn
         return sums.total, sums.weight, metrics
 
     return loss_fn
+
+
+def per_sequence(weights_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Returns the weights divided by their sum over the sequence, so that each sequence counts 1.
+
+    Args:
+      weights_BT: float32 [B, T], 0 where nothing is learned.
+      segment_ids_BT: int32 [B, T], contiguous from 1, 0 for padding; at most T sequences a row.
+    """
+    batch, length = weights_BT.shape
+    rows_BT = jnp.arange(batch, dtype=jnp.int32)[:, None] * jnp.int32(length + 1) + segment_ids_BT
+    totals = jax.ops.segment_sum(
+        weights_BT.reshape(-1), rows_BT.reshape(-1), num_segments=batch * (length + 1)
+    )
+    total_BT = totals[rows_BT]
+    return weights_BT / jnp.where(total_BT > 0, total_BT, jnp.float32(1))
 
 
 def eval_loss(model: Any, loss_config: LossConfig | None = None) -> Callable[..., Any]:

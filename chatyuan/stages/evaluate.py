@@ -3,8 +3,8 @@
 1. A task whose examples carry `answer_choices` is answered by the likeliest choice (the sum of the
    log-probabilities of its tokens, end token included); the others by generation.
 2. Every example counts once, and all of the split unless `max_examples` says otherwise.
-3. Beside tasks with choices that stay the same in every example stands a linear model on character
-   n-grams, fitted to the train split: what a network has to beat.
+3. Beside a task named in `baseline` stands a linear model on character n-grams, fitted to the train
+   split: what a network has to beat.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from chatyuan.data.loader import DataConfig, EvalLoader, open_sources
 from chatyuan.data.objectives import Objective, ObjectiveConfig
 from chatyuan.decode.config import DecodeConfig
 from chatyuan.decode.text import TextConfig, TextGenerator
+from chatyuan.errors import UserError, did_you_mean
 from chatyuan.evaluate import text_metrics
 from chatyuan.evaluate.choices import ChoiceScorer
 from chatyuan.models import Model, build
@@ -63,7 +64,11 @@ class Config:
     normalisation: str = _field(
         "of a choice's log-probability: sum, tokens or characters", default="sum"
     )
-    baseline: bool = _field("print the linear baseline beside (needs scikit-learn)", default=False)
+    baseline: tuple[str, ...] = _field(
+        "tasks with the same choices in every example that a linear model on character n-grams "
+        "is fitted to as well (needs scikit-learn)",
+        default=(),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +94,12 @@ def run(config: Config) -> None:
     """Evaluates, prints a table and writes it."""
     configs.check_same_run(config, config.model_dir)
     tasks = _tasks(config)
+    for task in config.baseline:
+        if task not in tasks:
+            raise UserError(
+                f"evaluate.Config.baseline names {task}, which is not in MIXTURE = "
+                f"{config.mixture} ({', '.join(tasks)}).{did_you_mean(task, tasks)}"
+            )
     model_config, vocabulary = _run_folder.read_model(config.init_from, config.vocabulary)
     model = build(model_config)
     params = checkpoints.load_params(
@@ -105,7 +116,7 @@ def run(config: Config) -> None:
         answer = _choose if chosen else _generate
         figures, outputs = answer(subject, examples)
         row = {"task": task, "examples": len(examples), **figures, **_loss(subject, task)}
-        if config.baseline and chosen and _same_choices(examples):
+        if task in config.baseline:
             row["linear baseline"] = _baseline(config, task, vocabulary, examples)
         rows.append(row)
         for example, output in zip(examples, outputs, strict=True):
@@ -208,10 +219,6 @@ def _loss(subject: _Subject, task: str) -> dict[str, float]:
     cache = open_cache(config.cache_dir, task, config.split, subject.vocabulary)
     size = sum(len(example["targets"].encode()) for example in cache.examples())
     return {"loss": total / weight, "bits per byte": total / math.log(2) / max(1, size)}
-
-
-def _same_choices(examples: Sequence[Mapping[str, Any]]) -> bool:
-    return len({tuple(e["answer_choices"]) for e in examples}) == 1
 
 
 def _baseline(

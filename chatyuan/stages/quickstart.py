@@ -8,7 +8,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -23,11 +22,13 @@ PROMPTS = (
     "这条评论是好评还是差评？\n房间很干净，服务员也很热情，下次还会再来。",
     "这条评论是好评还是差评？\n书的纸张很差，内容也很空洞，后悔买了。",
     "这条评论是好评还是差评？\n电脑外观漂亮，运行速度快，性价比很高。",
-    "解释成语：画蛇添足",
+    "用户：你好！\n小元：",
+    "用户：你是谁？\n小元：",
+    "用户：你好！\n小元：您好！请问有什么可以帮您？\n用户：你会做什么？\n小元：",
+    "用户：下面这条评论是好评还是差评？酒店太吵，一晚上没睡好，早餐也很难吃。\n小元：",
+    "用户：谢谢你！\n小元：",
     "请说明“一心一意”的意思。",
     "接着写下去：这本书的内容很好，",
-    "用户：你好！\n小元：",
-    "用户：帮我解释一下成语“井底之蛙”。\n小元：",
 )
 
 
@@ -116,7 +117,7 @@ def run(config: Config) -> None:
             continue
         began = time.monotonic()
         status = subprocess.run(
-            [sys.executable, str(ROOT / "run.py"), *command[1:]], env=_environment(), check=False
+            [sys.executable, str(ROOT / "run.py"), *command[1:]], check=False
         ).returncode
         if status:
             print(f"{part.title} ended with status {status}.", file=sys.stderr)
@@ -145,12 +146,6 @@ def _check_packages() -> None:
             f"quickstart needs {', '.join(missing)}: pip install -c constraints.txt "
             "-e '.[quickstart]' in the clone."
         )
-
-
-def _environment() -> dict[str, str]:
-    """Each part compiles the same functions again when it is started again: keep them."""
-    cache = pathlib.Path.home() / ".cache" / "chatyuan" / "jax"
-    return {"JAX_COMPILATION_CACHE_DIR": str(cache), "TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
 
 
 def _shell(word: str) -> str:
@@ -201,7 +196,7 @@ def _data_table(cache: pathlib.Path) -> list[dict[str, Any]]:
                 "task": manifest["task"],
                 "split": manifest["split"],
                 "examples": manifest["num_examples"],
-                "tokens": manifest["num_tokens"],
+                "tokens": sum(manifest["tokens"].values()),
                 "left out": skipped,
             }
         )
