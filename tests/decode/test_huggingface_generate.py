@@ -35,10 +35,11 @@ def torch_model(kind, seed):
                 weight.copy_(0.4 * torch.randn_like(weight))
         if given["tie_word_embeddings"]:
             model.shared.weight.mul_(1.5)
+            model.shared.weight[1].mul_(2)
         else:
             head = torch.nn.Linear(given["d_model"], given["vocab_size"], bias=False)
             head.weight.copy_(0.4 * torch.randn_like(head.weight))
-            head.weight[1].mul_(1.5)
+            head.weight[1].mul_(3)
             model.lm_head = head
             model.config.tie_word_embeddings = False
             model.config.scale_decoder_outputs = False
