@@ -10,9 +10,18 @@ constant time and memory. Compiled functions; keys are uint64.
 """
 
 import hashlib
+import os
+import pathlib
+import tempfile
 
 import numba
 import numpy as np
+
+if not numba.config.CACHE_DIR and not any(
+    os.access(folder, os.W_OK) for folder in (pathlib.Path(__file__).parent, pathlib.Path.home())
+):
+    # numba refuses to compile with a cache that it can write nowhere (read-only containers).
+    numba.config.CACHE_DIR = str(pathlib.Path(tempfile.gettempdir()) / f"numba-{os.getuid()}")
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MUL_1 = np.uint64(0xBF58476D1CE4E5B9)

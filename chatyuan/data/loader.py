@@ -279,6 +279,12 @@ def _checked(
     """The configuration with its target length resolved; raises UserError where it cannot work."""
     pairs = any(source.inputs is not None for source in sources)
     texts = [source.name for source in sources if source.inputs is None]
+    hollow = [source.name for source in sources if source.num_tokens == 0]
+    if hollow:
+        raise UserError(
+            f"{', '.join(hollow)}: the cache holds no tokens, only empty examples. Check the "
+            "source of that task, or leave it out of the mixture."
+        )
     if texts and not objective.takes_text:
         raise UserError(
             f"Objective seq2seq needs tasks with inputs and targets, and {', '.join(texts)} "

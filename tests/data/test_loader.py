@@ -340,6 +340,7 @@ def test_empty_documents_are_counted_not_shown():
         ({"target_length": 1}, "seq2seq", pairs([5], [5]), "TARGET_LENGTH=1 is too short"),
         ({"batch_size": 0}, "span_corruption", None, "BATCH_SIZE=0"),
         ({}, "seq2seq", None, "plain text"),
+        ({}, "span_corruption", source([0, 0]), "no tokens"),
         ({"concatenate": True}, "span_corruption", pairs([5], [5]), "concatenate"),
         ({"concatenate": True, "pack": False}, "span_corruption", None, "contradict"),
     ],
