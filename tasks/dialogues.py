@@ -83,7 +83,7 @@ def dialogues(split: str, skipped: files.Skipped) -> Iterator[dict[str, Any]]:
     """Greetings, idioms' meanings, opinions of reviews; a third of them after an earlier turn."""
     turns = [(item.id, *_idiom_turn(item)) for item in _select("idiom", split, 0.3)]
     turns += [(item.id, *_review_turn(item)) for item in _select("review", split, 0.5)]
-    greetings = max(20, len(turns) // 10)
+    greetings = max(20, len(turns) // 4)
     turns += [(f"greeting-{n}", *_greeting(f"{split}:{n}")) for n in range(greetings)]
     for seed, question, answer in turns:
         history = [_greeting(f"before:{seed}")] if hash_fraction(f"turn:{seed}") < 1 / 3 else []
