@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 _MARK = "@@benchmark "
 MIN_RUNS = 5
+PAUSE = 0.5  # seconds
 
 
 # ---------------------------------------------------------------------------------------- figures
@@ -273,10 +274,12 @@ def commands() -> Iterator[dict[str, Any]]:
 def take_turns(workers: Sequence[Worker], *, runs: int, command: str = "run") -> dict[str, Timing]:
     """Runs every worker once per round, each round in the reverse order of the last.
 
-    A worker answers `command` with {"seconds": [...]}; the others wait meanwhile.
+    A worker answers `command` with {"seconds": [...]}; the others wait meanwhile. OpenMP threads go
+    on spinning for a fifth of a second after their last work, hence the pause between turns.
     """
     seconds: dict[str, list[float]] = {worker.name: [] for worker in workers}
     for turn in range(runs):
         for worker in workers if turn % 2 == 0 else list(reversed(workers)):
+            time.sleep(PAUSE)
             seconds[worker.name] += worker.ask(command)["seconds"]
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
