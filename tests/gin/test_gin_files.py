@@ -40,7 +40,11 @@ def stage_of(recipe: pathlib.Path) -> str:
 
 def required(stage: str) -> set[str]:
     """The macros that the stage leaves to the user."""
-    text = (GIN / "stages" / f"{stage}.gin").read_text(encoding="utf-8")
+    return left_open(GIN / "stages" / f"{stage}.gin")
+
+
+def left_open(path: pathlib.Path) -> set[str]:
+    text = path.read_text(encoding="utf-8")
     return set(re.findall(r"^(\w+) *= *%gin\.REQUIRED", text, re.MULTILINE))
 
 
@@ -52,7 +56,8 @@ def dummies(stage: str, recipe: str | None = None) -> dict[str, object]:
     values = {}
     config = configs.stage_module(stage).Config
     hints = typing.get_type_hints(config)
-    for macro in required(stage) - given:
+    asked = left_open(ROOT / recipe) if recipe else set()
+    for macro in (required(stage) - given) | asked:
         kind = hints.get(macro.lower(), int if macro.endswith(("STEPS", "SIZE", "LENGTH")) else str)
         values[macro] = 128 if kind is int else (128.0 if kind is float else "somewhere")
     return values
