@@ -98,12 +98,11 @@ def beam(**values):
 
 PROCESSORS = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_length": 3}
 CASES = [
-    ("t5_1_1", greedy()),
     ("t5_1_1", greedy(**PROCESSORS, suppress_pad=True)),
     ("t5_1_1", beam()),
     ("t5_1_1", beam(length_penalty=0.6, early_stopping=True)),
     ("t5_1_1", beam(**PROCESSORS, length_penalty=0.6, suppress_pad=True)),
-    ("narrow_heads", greedy(no_repeat_ngram_size=3)),
+    ("narrow_heads", greedy()),
     ("narrow_heads", beam(length_penalty=0.6, repetition_penalty=0.8)),
     ("t5_1_0", beam(early_stopping=True)),
 ]
