@@ -123,17 +123,20 @@ def committed_steps(directory: pathlib.Path) -> list[int]:
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
 
 
-def check_writable(directory: pathlib.Path) -> None:
-    """Raises UserError when `directory` could not be created or written, without touching it."""
-    existing = directory
+def check_writable(directory: pathlib.Path, setting: str = "MODEL_DIR") -> None:
+    """Raises UserError when `directory` could not be created or written, without touching it.
+
+    `setting` is what the user would change.
+    """
+    existing = directory.absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise UserError(f"MODEL_DIR: {existing} is a file, not a folder; choose another MODEL_DIR.")
+        raise UserError(f"{setting}: {existing} is a file, not a folder; choose another {setting}.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            f"MODEL_DIR: {existing} cannot be written (read-only, or another user's); choose "
-            "another MODEL_DIR or change its permissions."
+            f"{setting}: {existing} cannot be written (read-only, or another user's); choose "
+            f"another {setting} or change its permissions."
         )
 
 

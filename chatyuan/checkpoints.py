@@ -429,7 +429,10 @@ def load_params(
         meta = verified_meta(folder, checksums=_primary())
         stored = {n: a for n, a in meta["arrays"].items() if n.split("/")[0] == root}
         if use_ema and not stored:
-            raise UserError(f"checkpoint {folder} holds no moving average; set use_ema to False.")
+            raise UserError(
+                f"checkpoint {folder} holds no moving average (EMA) of the weights; take the "
+                "weights themselves: use_ema or init_from_ema = False."
+            )
         if not use_ema and any(n.startswith("ema/") for n in meta["arrays"]):
             print(
                 f"note: {folder} also holds a moving average (EMA) of the weights; the weights "

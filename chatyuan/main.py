@@ -229,7 +229,7 @@ def _overview(known: dict[str, str]) -> str:
 
 
 def _failed(error: Exception, argv: Sequence[str]) -> int:
-    """Reports an exception that is not known to be the user's: exit status 1."""
+    """Reports an exception: exit status 1, or 2 for a full disk, which only the user can empty."""
     for link in _chain(error):
         full = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(link):
@@ -237,7 +237,7 @@ def _failed(error: Exception, argv: Sequence[str]) -> int:
                 traceback.print_exc()
             where = f" while writing {link.filename}" if getattr(link, "filename", None) else ""
             return _fail(
-                1,
+                2,
                 f"The disk is full{where}. Files take their names only when complete, so what was "
                 "finished is intact: free some space and start again in the same MODEL_DIR.",
             )

@@ -115,11 +115,11 @@ FAILURES = {
     "KeyError()": (1, "fake failed: KeyError\n", True),
     "KeyboardInterrupt()": (130, "Interrupted.", False),
     f"OSError({errno.ENOSPC}, 'No space', 'weights.bin')": (
-        1,
+        2,
         "The disk is full while writing weights.bin.",
         False,
     ),
-    "ValueError('tensorstore: No space left on device')": (1, "The disk is full.", False),
+    "ValueError('tensorstore: No space left on device')": (2, "The disk is full.", False),
     "ModuleNotFoundError('x', name='seqio.dataset')": (2, "pip install -e '.[data]'", False),
     "ModuleNotFoundError('x', name='somewhere')": (2, "pip install somewhere", False),
     "ModuleNotFoundError('x', name='chatyuan.gone')": (1, "this is a bug", True),
@@ -140,7 +140,7 @@ def test_failures_of_a_run(repository, capsys, monkeypatch, failure):
 def test_a_full_disk_is_recognised_behind_another_exception(repository, capsys):
     error = RuntimeError("checkpoint failed")
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device", "weights.bin")
-    assert main._failed(error, []) == 1
+    assert main._failed(error, []) == 2
     assert "The disk is full while writing weights.bin." in capsys.readouterr().err
 
 

@@ -392,7 +392,8 @@ class Loader(_Rows):
         if uneven:
             raise UserError(
                 f"batch_ramp size {uneven[0]} is not a whole number of microbatches of "
-                f"{self.config.batch_size}/{microbatches} sequences; use multiples of {rows_each}."
+                f"{self.config.batch_size}/{microbatches} sequences; use multiples of {rows_each}, "
+                "or more MICROBATCHES."
             )
         return self.size(step) // rows_each
 

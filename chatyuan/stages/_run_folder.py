@@ -29,14 +29,29 @@ def model_meta(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
     return {"model": dataclasses.asdict(model), "vocabulary_sha256": vocabulary.sha256}
 
 
-def check_vocabulary(path: str, meta: dict[str, Any], vocabulary: Vocabulary) -> None:
-    """Raises UserError when checkpoint `path` was trained with another vocabulary."""
+def read_meta(path: str) -> dict[str, Any]:
+    """Returns what the newest checkpoint of INIT_FROM says about itself.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    try:
+        return checkpoints.read_meta(path)
+    except UserError as error:
+        raise UserError(f"INIT_FROM = {path}: {error}") from error
+
+
+def check_vocabulary(
+    path: str, meta: dict[str, Any], vocabulary: Vocabulary, setting: str = "INIT_FROM"
+) -> None:
+    """Raises UserError when the run or checkpoint `path` was trained with another vocabulary."""
     trained = meta.get("vocabulary_sha256")
     if trained is not None and trained != vocabulary.sha256:
+        own = run_folder(path) / VOCABULARY_NAME
         raise UserError(
-            f"INIT_FROM = {path} was trained with another vocabulary (sha256 {trained[:12]}...) "
+            f"{setting} = {path} was trained with another vocabulary (sha256 {trained[:12]}...) "
             f"than VOCABULARY = {vocabulary.path} ({vocabulary.sha256[:12]}...); every token would "
-            f"mean something else. Use the run's own {VOCABULARY_NAME}."
+            f"mean something else. Use the run's own: --gin.VOCABULARY={own}"
         )
 
 
@@ -59,7 +74,7 @@ def read_model(path: str, vocabulary: str | None = None) -> tuple[ModelConfig, V
     Raises:
         UserError: nothing there, no model in it, or a vocabulary that is not the run's.
     """
-    meta = checkpoints.read_meta(path)
+    meta = read_meta(path)
     if "model" not in meta:
         raise UserError(f"INIT_FROM = {path} does not say which model it holds; train it again.")
     file = vocabulary or str(run_folder(path) / VOCABULARY_NAME)

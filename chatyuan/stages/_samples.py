@@ -138,5 +138,6 @@ def render_row(vocabulary: Vocabulary, batch: Mapping[str, np.ndarray], row: int
             if len(pieces) > 2 * _WIDTH:
                 left_out = f"... {len(pieces) - 2 * _WIDTH} more ..."
                 pieces = [*pieces[:_WIDTH], left_out, *pieces[-_WIDTH:]]
-            lines.append(f"  {name} segment {segment} ({len(places)} tokens): {' '.join(pieces)}")
+            text = " ".join(pieces).replace("\n", "\\n")
+            lines.append(f"  {name} segment {segment} ({len(places)} tokens): {text}")
     return "\n".join(lines)

@@ -14,11 +14,13 @@ import jax
 import numpy as np
 
 from chatyuan import checkpoints, configs, report, sharding
+from chatyuan.checkpoint_files import committed_steps
 from chatyuan.checkpoints import CheckpointConfig, Checkpointer
+from chatyuan.data.cache import list_splits, read_mixture
 from chatyuan.data.loader import DataConfig, EvalLoader, Loader, open_sources
 from chatyuan.data.objectives import Objective, ObjectiveConfig
 from chatyuan.decode.config import DecodeConfig
-from chatyuan.errors import UserError
+from chatyuan.errors import UserError, did_you_mean
 from chatyuan.metrics import Writer, quantity
 from chatyuan.models import Model, build
 from chatyuan.models.config import ModelConfig, flops_per_example
@@ -104,26 +106,47 @@ def assemble(config: Config) -> Parts:
             f"ModelConfig.vocab_size = {config.model.vocab_size:,} rows; set vocab_size to at "
             f"least {-(-vocabulary.size // 128) * 128:,} (a multiple of 128)."
         )
+    if config.microbatches < 1:
+        raise UserError(f"MICROBATCHES = {config.microbatches} must be at least 1.")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch_size, mesh, config.microbatches)
     objective = Objective(config.objective, vocabulary, config.model.architecture)
     shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     loader = Loader(config.data, objective, open_sources(config.data, vocabulary), **shares)
+    if config.data.batch_ramp:
+        loader.active_microbatches(0, config.microbatches)  # raises for sizes that do not divide
     evaluation = None
     if config.eval_split is not None:
+        _check_eval_split(config)
         held_out = dataclasses.replace(loader.config, split=config.eval_split, batch_ramp=())
         sources = open_sources(held_out, vocabulary)
         evaluation = EvalLoader(held_out, objective, sources, **shares)
     if config.init_from is not None:
-        meta = checkpoints.read_meta(config.init_from)
+        meta = _run_folder.read_meta(config.init_from)
         _run_folder.check_vocabulary(config.init_from, meta, vocabulary)
+    if committed_steps(pathlib.Path(config.model_dir) / checkpoints.FOLDER):
+        meta = checkpoints.read_meta(config.model_dir)
+        _run_folder.check_vocabulary(config.model_dir, meta, vocabulary, "MODEL_DIR")
     return Parts(config, vocabulary, build(config.model), mesh, loader, evaluation)
+
+
+def _check_eval_split(config: Config) -> None:
+    for task, rate in read_mixture(config.data.cache_dir, config.data.mixture):
+        splits = list_splits(config.data.cache_dir, task)
+        if rate > 0 and splits and config.eval_split not in splits:
+            stage = type(config).__module__.rpartition(".")[2]
+            raise UserError(
+                f"Task {task} has no split {config.eval_split!r} in the cache "
+                f"{config.data.cache_dir}; it has {', '.join(splits)}."
+                f"{did_you_mean(config.eval_split, splits)} Choose the one to evaluate on, or "
+                f"none: --gin.{stage}.Config.eval_split=None"
+            )
 
 
 def run(config: Config, *, title: str) -> TrainState:
     """Trains to the end, or continues to it; see the module's text."""
-    parts = assemble(config)
     configs.check_same_run(config, config.model_dir, MAY_CHANGE)
+    parts = assemble(config)
     schedule = make_schedule(config.schedule)
     abstract_params, axes = parts.model.abstract_params(), parts.model.logical_axes()
     optimizer = make_optimizer(config.optimizer, schedule, abstract_params, axes)
@@ -275,8 +298,8 @@ def _write_report(parts: Parts, title: str, step: int) -> None:
 
 def dry_run(config: Config) -> None:
     """Validates everything, shows two examples and the costs. Compiles and writes nothing."""
-    parts = assemble(config)
     configs.check_same_run(config, config.model_dir, MAY_CHANGE)
+    parts = assemble(config)
     print("Two rows as the model sees them:")
     batch = parts.loader.batch(0)
     for row in range(min(2, len(batch["decoder_target_tokens"]))):

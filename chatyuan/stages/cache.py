@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+from chatyuan.errors import UserError, did_you_mean
 from chatyuan.text.vocabulary import Vocabulary
 
 
@@ -72,14 +73,20 @@ def dry_run(config: Config) -> None:
         ).tasks
     ]
     for task in tasks:
-        print(f"{task.name}: splits {', '.join(task.splits)}")
-        for row in itertools.islice(task.rows(config.splits[0], Skipped()), 2):
+        first, *_ = splits = [split for split in config.splits if split in task.splits] or [""]
+        if first != config.splits[0]:
+            raise UserError(
+                f"Task {task.name} has no split {config.splits[0]!r}; it has "
+                f"{', '.join(task.splits)}.{did_you_mean(config.splits[0], task.splits)}"
+            )
+        print(f"{task.name}: splits {', '.join(splits)}")
+        for row in itertools.islice(task.rows(first, Skipped()), 2):
             for feature in task.features:
                 if task.tokenized:
                     print(f"  {feature}: {list(row[feature])[:20]}")
                 else:
                     pieces = [vocabulary.piece(i) for i in vocabulary.encode(row[feature])[:40]]
-                    print(f"  {feature}: {' '.join(pieces)}")
+                    print(f"  {feature}: {' '.join(pieces)}".replace("\n", "\\n"))
 
 
 def _mixtures(config: Config) -> tuple[str, ...]:

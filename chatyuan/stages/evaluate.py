@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from chatyuan import checkpoints, configs, report
-from chatyuan.data.cache import open_cache, read_mixture
+from chatyuan.checkpoint_files import check_writable
+from chatyuan.data.cache import EXAMPLES, Cache, open_cache, read_mixture
 from chatyuan.data.loader import DataConfig, EvalLoader, open_sources
 from chatyuan.data.objectives import Objective, ObjectiveConfig
 from chatyuan.decode.config import DecodeConfig
@@ -92,23 +93,23 @@ class _Subject:
 
 def run(config: Config) -> None:
     """Evaluates, prints a table and writes it."""
+    check_writable(pathlib.Path(config.model_dir))
     configs.check_same_run(config, config.model_dir)
-    tasks = _tasks(config)
+    model_config, vocabulary = _run_folder.read_model(config.init_from, config.vocabulary)
+    tasks = _open_tasks(config, vocabulary)
     for task in config.baseline:
         if task not in tasks:
             raise UserError(
                 f"evaluate.Config.baseline names {task}, which is not in MIXTURE = "
                 f"{config.mixture} ({', '.join(tasks)}).{did_you_mean(task, tasks)}"
             )
-    model_config, vocabulary = _run_folder.read_model(config.init_from, config.vocabulary)
     model = build(model_config)
     params = checkpoints.load_params(
         config.init_from, model.abstract_params(), use_ema=config.use_ema
     )
     subject = _Subject(config, vocabulary, model, params)
     rows, samples, predictions = [], [], []
-    for task in tasks:
-        cache = open_cache(config.cache_dir, task, config.split, vocabulary)
+    for task, cache in tasks.items():
         examples = list(cache.examples())
         chosen = "answer_choices" in examples[0]
         limit = config.max_examples if chosen else config.max_generated
@@ -133,13 +134,34 @@ def dry_run(config: Config) -> None:
     """Opens the checkpoint's description and every cache."""
     model_config, vocabulary = _run_folder.read_model(config.init_from, config.vocabulary)
     print(f"{config.init_from}: {build(model_config).num_params:,} parameters")
-    for task in _tasks(config):
-        cache = open_cache(config.cache_dir, task, config.split, vocabulary)
+    for task, cache in _open_tasks(config, vocabulary).items():
         print(f"{task} {config.split}: {len(cache):,} examples")
 
 
-def _tasks(config: Config) -> list[str]:
-    return [task for task, rate in read_mixture(config.cache_dir, config.mixture) if rate > 0]
+def _open_tasks(config: Config, vocabulary: Vocabulary) -> dict[str, Cache]:
+    """The caches of all tasks, before anything is computed.
+
+    Raises:
+        UserError: see `open_cache`; a task of plain text, or a split without untokenised examples.
+    """
+    caches = {}
+    for task, rate in read_mixture(config.cache_dir, config.mixture):
+        if rate <= 0:
+            continue
+        caches[task] = open_cache(config.cache_dir, task, config.split, vocabulary)
+        if "inputs" not in caches[task].features:
+            raise UserError(
+                f"Task {task} has no inputs, only {', '.join(caches[task].features)}; evaluate "
+                "needs tasks with inputs and targets. (The loss on held-out text is reported while "
+                "pretraining: eval/loss.)"
+            )
+        if not (caches[task].path / EXAMPLES).exists():
+            raise UserError(
+                f"The cache of {task} keeps no untokenised examples of split {config.split!r}, "
+                "only of validation and test; evaluate on one of those: "
+                "--gin.evaluate.Config.split=test"
+            )
+    return caches
 
 
 def _spread(items: list, limit: int | None) -> list:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from chatyuan import checkpoints, configs
+from chatyuan.checkpoint_files import check_writable
 from chatyuan.decode.config import DecodeConfig
 from chatyuan.decode.text import TextConfig, TextGenerator
 from chatyuan.errors import UserError
@@ -45,6 +46,7 @@ class Config:
 def run(config: Config) -> None:
     """Writes MODEL_DIR/predictions.jsonl: {"index", "inputs", "prediction", ...} a line."""
     path = _file(config)
+    check_writable(pathlib.Path(config.model_dir))
     configs.check_same_run(config, config.model_dir)
     model_config, vocabulary = _run_folder.read_model(config.init_from, config.vocabulary)
     folder = pathlib.Path(config.model_dir)

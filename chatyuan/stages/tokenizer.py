@@ -7,6 +7,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from chatyuan.checkpoint_files import check_writable
 from chatyuan.errors import UserError
 from chatyuan.text.tokenizer import TokenizerConfig, train_tokenizer
 
@@ -30,16 +31,11 @@ def run(config: Config) -> None:
     """Trains and writes VOCABULARY and VOCABULARY.json.
 
     Raises:
-        UserError: the file exists and was trained otherwise, or there is no text.
+        UserError: the file exists, cannot be written, or there is no text.
     """
-    from chatyuan.data.seqio_build import iter_texts  # loads TensorFlow
+    from chatyuan.data.seqio_build import iter_texts
 
-    path = pathlib.Path(config.vocabulary)
-    if path.exists() and not config.overwrite:
-        raise UserError(
-            f"VOCABULARY = {path} exists; every cache and checkpoint made with it would become "
-            "unreadable. Choose another name or pass --gin.tokenizer.Config.overwrite=True."
-        )
+    path = _checked(config)
     texts = iter_texts(config.mixture, split="train", task_modules=config.task_modules)
     stats = train_tokenizer(texts, path, config.tokenizer, source=config.mixture)
     print(
@@ -49,10 +45,22 @@ def run(config: Config) -> None:
     )
 
 
+def _checked(config: Config) -> pathlib.Path:
+    path = pathlib.Path(config.vocabulary)
+    if path.exists() and not config.overwrite:
+        raise UserError(
+            f"VOCABULARY = {path} exists; every cache and checkpoint made with it would become "
+            "unreadable. Choose another name or pass --gin.tokenizer.Config.overwrite=True."
+        )
+    check_writable(path.parent, "VOCABULARY")
+    return path
+
+
 def dry_run(config: Config) -> None:
     """Opens the source and shows what would be trained on."""
     from chatyuan.data.seqio_build import iter_texts
 
+    _checked(config)
     texts = list(iter_texts(config.mixture, split="train", task_modules=config.task_modules))
     if not texts:
         raise UserError(f"MIXTURE = {config.mixture} holds no training text.")

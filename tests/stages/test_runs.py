@@ -1,0 +1,203 @@
+"""Runs that are stopped, continued, made longer or grown: they learn what one run would have."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from workshop import arrays, rows, untimed
+
+from chatyuan.stages import _supervised
+from chatyuan.train import step as steps
+
+# Odd periods: an interruption falls into a report, and into the time between two checkpoints.
+PERIODS = {"LOG_PERIOD": 3, "EVAL_PERIOD": 3, "CHECKPOINT_PERIOD": 4, "DROPOUT_RATE": 0.1,
+           "TRAIN_STEPS": 6, "pretrain__Config__num_samples": 2}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(shop):
+    """Six steps without an interruption."""
+    folder = shop.root / "whole"
+    assert shop.run("pretrain", MODEL_DIR=folder, MIXTURE=shop.text, **PERIODS) == 0
+    return folder
+
+
+def assert_same_run(folder, other, step) -> None:
+    """Weights, optimizer, figures and samples, to the last bit."""
+    ours, theirs = arrays(folder, step), arrays(other, step)
+    assert ours.keys() == theirs.keys() and len(ours) > 30
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        assert value.tobytes() == theirs[name].tobytes(), name
+    assert untimed(folder) == untimed(other)
+    for name in ("samples.jsonl",):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """A SIGTERM arrives while step `step` runs, counted from 1 in this process."""
+    count = [0]
+    real = steps.TrainStep.__call__
+
+    def call(self, *args):
+        count[0] += 1
+        if count[0] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    monkeypatch.setattr(steps.TrainStep, "__call__", call)
+
+
+def test_an_interrupted_run_continues_bit_for_bit(shop, whole, monkeypatch, capsys):
+    folder = shop.root / "interrupted"
+    command = {"MODEL_DIR": folder, "MIXTURE": shop.text, **PERIODS}
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(SystemExit) as stopped:
+            shop.run("pretrain", **command)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    captured = capsys.readouterr()
+    assert "Stopped by SIGTERM at step 2" in captured.out
+    assert "Start the same command again" in captured.out
+    assert "Traceback" not in captured.err
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["2"]
+    assert shop.run("pretrain", **command) == 0
+    assert "Continuing from step 2 to step 6" in capsys.readouterr().out
+    assert_same_run(folder, whole, 6)
+
+
+def test_a_killed_run_repeats_what_came_after_its_checkpoint(shop, whole, monkeypatch):
+    folder = shop.root / "killed"
+    command = {"MODEL_DIR": folder, "MIXTURE": shop.text, **PERIODS}
+    with monkeypatch.context() as patch:
+        real = _supervised._Evaluation.__call__
+
+        def die(self, state, step):
+            figures = real(self, state, step)
+            if step == 6:
+                raise KeyboardInterrupt  # after the samples of step 6, before its report
+            return figures
+
+        patch.setattr(_supervised._Evaluation, "__call__", die)
+        assert shop.run("pretrain", **command) == 130
+    assert [row["step"] for row in rows(folder / "metrics.jsonl")] == [3]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a half-written line
+    assert shop.run("pretrain", **command) == 0
+    assert_same_run(folder, whole, 6)
+
+
+def test_a_finished_run_can_be_started_again(shop, whole, capsys):
+    before = {name: value for name, value in shop.files().items() if name.startswith("whole/")}
+    assert shop.run("pretrain", MODEL_DIR=whole, MIXTURE=shop.text, **PERIODS) == 0
+    assert "Training is complete: step 6 of 6." in capsys.readouterr().out
+    after = {name: value for name, value in shop.files().items() if name.startswith("whole/")}
+    assert after == before
+
+
+def test_a_finished_run_can_be_made_longer(shop, whole):
+    folder = shop.root / "longer"
+    command = {"MODEL_DIR": folder, "MIXTURE": shop.text, **PERIODS}
+    assert shop.run("pretrain", **command | {"TRAIN_STEPS": 3}) == 0
+    assert shop.run("pretrain", **command) == 0
+    assert_same_run(folder, whole, 6)
+
+
+def small(shop, name: str, **settings: object) -> list[dict]:
+    """A run of two steps without evaluation; returns its metrics."""
+    folder = shop.root / name
+    common = {
+        "MODEL_DIR": folder, "MIXTURE": shop.text, "TRAIN_STEPS": 2, "LOG_PERIOD": 1,
+        "pretrain__Config__num_samples": 0, "pretrain__Config__eval_split": None,
+        "pretrain__Config__tensorboard": False,
+    }  # fmt: skip
+    common = {name: "None" if value is None else value for name, value in common.items()}
+    assert shop.run("pretrain", **common | settings) == 0
+    return rows(folder / "metrics.jsonl")
+
+
+def objective(shop, name: str, *lines: str) -> str:
+    path = shop.root / f"{name}.gin"
+    head = ["from __gin__ import dynamic_registration", *lines]
+    path.write_text("\n".join(head) + "\n", encoding="utf-8")
+    return f"--gin_file={path}"
+
+
+def test_one_stack_learns_unilms_mixture(shop, pretrained, capsys):
+    folder = shop.root / "unilm"
+    recipe = objective(
+        shop,
+        "unilm",
+        "include 'gin/data/unilm.gin'",
+        "from chatyuan.models import config as model",
+        "model.ModelConfig.architecture = 'prefix_lm'",
+        "model.ModelConfig.position = 'rope'",
+    )
+    settings = {"MODEL_DIR": folder, "MIXTURE": shop.text, "TRAIN_STEPS": 2, "LOG_PERIOD": 1,
+                "pretrain__Config__num_samples": 2}  # fmt: skip
+    assert shop.run("pretrain", recipe, "--dry_run", **settings) == 0
+    assert "encoder" not in capsys.readouterr().out.split("Two rows")[1]
+    assert shop.run("pretrain", recipe, **settings) == 0
+    report = rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in report] == [1, 2]
+    assert 0 < report[-1]["eval/loss"] < report[0]["loss"] < np.log(768) + 1
+    assert len(rows(folder / "samples.jsonl")) == 2
+    # Its continuation on pairs uses the same checkpoint.
+    tuned = {"MODEL_DIR": shop.root / "unilm_tuned", "MIXTURE": shop.pairs, "INIT_FROM": folder,
+             "TRAIN_STEPS": 1, "sft__Config__num_samples": 1}  # fmt: skip
+    lines = recipe.replace("unilm.gin", "unilm_model.gin")
+    objective(
+        shop,
+        "unilm_model",
+        "from chatyuan.models import config as model",
+        "model.ModelConfig.architecture = 'prefix_lm'",
+        "model.ModelConfig.position = 'rope'",
+    )
+    assert shop.run("sft", lines, **tuned) == 0
+    assert rows(shop.root / "unilm_tuned" / "samples.jsonl")[0]["output"] is not None
+
+
+def test_ul2s_denoisers_train(shop):
+    recipe = objective(shop, "ul2", "include 'gin/data/ul2.gin'")
+    folder = shop.root / "ul2"
+    settings = {"MODEL_DIR": folder, "MIXTURE": shop.text, "TRAIN_STEPS": 2, "LOG_PERIOD": 1,
+                "pretrain__Config__num_samples": 0}  # fmt: skip
+    assert shop.run("pretrain", recipe, **settings) == 0
+    assert all(0 < row["loss"] < np.log(768) + 1 for row in rows(folder / "metrics.jsonl"))
+
+
+def test_a_growing_batch_learns_what_small_batches_do(shop):
+    """Microbatches that are not active are padding: the active ones hold the rows of the step."""
+    alone = small(shop, "eight", BATCH_SIZE=8)
+    ramp = {"BATCH_SIZE": 16, "MICROBATCHES": 2}
+    grown = small(
+        shop, "ramp", **ramp, chatyuan__data__loader__DataConfig__batch_ramp="((0, 8), (2, 16))"
+    )
+    for ours, theirs in zip(grown, alone, strict=True):
+        assert ours["target_tokens"] == theirs["target_tokens"]
+        assert ours["input_tokens"] == theirs["input_tokens"]
+        for name in ("loss", "grad_norm", "accuracy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    ours, theirs = arrays(shop.root / "ramp", 2), arrays(shop.root / "eight", 2)
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def test_microbatches_change_nothing_but_memory(shop):
+    whole = small(shop, "sixteen", BATCH_SIZE=16)
+    split = small(shop, "split", BATCH_SIZE=16, MICROBATCHES=2)
+    for ours, theirs in zip(split, whole, strict=True):
+        for name in ("loss", "grad_norm", "target_tokens"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_a_run_without_finite_gradients_fails_in_one_line(shop, capsys):
+    settings = {"MODEL_DIR": shop.root / "diverged", "MIXTURE": shop.text, "TRAIN_STEPS": 9}
+    settings |= {"LEARNING_RATE": "1e30", "LOG_PERIOD": 9}
+    settings |= {"chatyuan__train__loop__LoopConfig__max_nonfinite_steps": 2}
+    settings |= {"pretrain__Config__num_samples": 0}
+    assert shop.run("pretrain", **settings) == 1
+    err = capsys.readouterr().err
+    assert "2 steps in a row up to step" in err and "Lower LEARNING_RATE" in err
+    assert "Traceback" not in err
