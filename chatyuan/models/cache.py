@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,15 @@ class DecodeCache:
     updates each in place.
 
     Attributes:
-        self_keys, self_values: per layer [R, K, S, H]: heads before slots, the layout the score
-            product reads without a transpose.
+        self_keys, self_values: per layer [R, K, H, S] and [R, K, S, H]: what the two products of
+            attention read without a transpose.
         start: [R] int32, the first live slot of each row.
         index: int32 scalar, the next slot to write.
-        cross_keys, cross_values: per layer [B, K, S_in, H], shared by the G rows of a prompt; empty
-            tuples without an encoder.
+        head: [D, V] in the compute dtype, `head_weight` made once.
+        weights: per layer the decoder's parameters, or () to slice the stacked ones at every step:
+            XLA fuses the slice into the product on GPU and TPU, but copies it on CPU.
+        cross_keys, cross_values: per layer [B, K, H, S_in] and [B, K, S_in, H], shared by the G
+            rows of a prompt; empty tuples without an encoder.
         cross_lengths: [B] int32 live encoder positions, or None.
     """
 
@@ -32,6 +36,8 @@ class DecodeCache:
     self_values: tuple[Array, ...]
     start: Array
     index: Array
+    head: Array
+    weights: tuple[Any, ...] = ()
     cross_keys: tuple[Array, ...] = ()
     cross_values: tuple[Array, ...] = ()
     cross_lengths: Array | None = None
@@ -46,7 +52,8 @@ class DecodeCache:
         Args:
             rows: [R'] int32; R' must still be a multiple of the number of prompts.
         """
-        return self._map_rows(lambda x: jnp.take(x, rows, axis=0))
+        # "clip" only because the default would compare every row to mark those out of range.
+        return self._map_rows(lambda x: jnp.take(x, rows, axis=0, mode="clip"))
 
     def _map_rows(self, function: Callable[[Array], Array]) -> "DecodeCache":
         return dataclasses.replace(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from chatyuan.kernels import AttentionMask, prepare
 from chatyuan.models.cache import DecodeCache
 from chatyuan.models.config import ModelConfig
-from chatyuan.models.language_model import Batch, LanguageModel
+from chatyuan.models.language_model import Batch, LanguageModel, to_cache
 from chatyuan.models.stack import Block, Stack
 
 Array = jax.Array
@@ -108,16 +108,13 @@ class EncoderDecoder(LanguageModel):
 
         def cross(block: Block, carry: None, _: Array, __: None) -> tuple[None, tuple]:
             key, value = block.encoder_decoder_attention.keys_values(encoded, None)
-            return carry, (jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+            return carry, to_cache(key, value)
 
-        _, per_layer = self.decoder.run(cross, None, unroll=True)
+        cache = self.empty_cache(jnp.zeros(rows, jnp.int32), max_decode_length)
+        _, per_layer = self.decoder.run(cross, None, unroll=True, layer_params=cache.weights)
         keys, values = zip(*per_layer, strict=True)
-        self_keys, self_values = self.empty_rows(rows, max_decode_length)
-        cache = DecodeCache(
-            self_keys,
-            self_values,
-            start=jnp.zeros(rows, jnp.int32),
-            index=jnp.int32(0),
+        cache = dataclasses.replace(
+            cache,
             cross_keys=keys,
             cross_values=values,
             cross_lengths=lengths.astype(jnp.int32),

@@ -57,8 +57,7 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Returns float32 logits [..., V] of `hidden` [..., D]."""
-        weight = self.head_weight().astype(hidden.dtype)
-        return linear(hidden, weight, "float32")
+        return linear(hidden, self.head_weight().astype(hidden.dtype), "float32")
 
     def step(self, tokens: Array, cache: DecodeCache) -> tuple[Array, DecodeCache]:
         """Returns the logits after one more token per row, and the cache that holds it.
@@ -80,7 +79,7 @@ class LanguageModel(nnx.Module):
                 key_end=jnp.broadcast_to(index + 1, (tokens.shape[0], 1)),
             ),
         )
-        return self.logits(hidden[:, 0]), cache
+        return linear(hidden[:, 0], cache.head, "float32"), cache
 
     def decode(
         self, tokens_RT: Array, cache: DecodeCache, *, positions: Array, mask: AttentionMask
@@ -94,7 +93,7 @@ class LanguageModel(nnx.Module):
             mask: over the slots of the cache.
         """
         rows, length = tokens_RT.shape
-        slots = cache.self_keys[0].shape[2]
+        slots = cache.self_values[0].shape[2]
         shared = self.decoder.inputs(
             mask=mask, positions=positions, q_len=length, kv_len=slots, query_offset=cache.index
         )
@@ -112,14 +111,15 @@ class LanguageModel(nnx.Module):
 
             def update(key_RTKH: Array, value_RTKH: Array) -> tuple[Array, Array]:
                 nonlocal written
+                new_key, new_value = to_cache(key_RTKH, value_RTKH)
                 written = (
-                    _write(layer[0], key_RTKH, cache.index),
-                    _write(layer[1], value_RTKH, cache.index),
+                    jax.lax.dynamic_update_slice_in_dim(layer[0], new_key, cache.index, axis=3),
+                    jax.lax.dynamic_update_slice_in_dim(layer[1], new_value, cache.index, axis=2),
                 )
-                return _slots_first(written[0]), _slots_first(written[1])
+                return from_cache(*written)
 
             def cross(_: Attention) -> tuple[Array, Array]:
-                return _slots_first(layer[2]), _slots_first(layer[3])
+                return from_cache(layer[2], layer[3])
 
             x = block(
                 x,
@@ -132,27 +132,40 @@ class LanguageModel(nnx.Module):
 
         layers = (cache.self_keys, cache.self_values, cache.cross_keys, cache.cross_values)
         per_layer = list(zip(*(part for part in layers if part), strict=True))
-        x, written = self.decoder.run(body, self.token_embedder(tokens_RT), per_layer, unroll=True)
+        x, written = self.decoder.run(
+            body,
+            self.token_embedder(tokens_RT),
+            per_layer,
+            unroll=True,
+            layer_params=cache.weights,
+        )
         keys, values = zip(*written, strict=True)
         new = dataclasses.replace(
             cache, self_keys=keys, self_values=values, index=cache.index + jnp.int32(length)
         )
         return self.decoder.final_norm(x), new
 
-    def empty_rows(self, rows: int, slots: int) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """Returns zero keys and values for every decoder layer, [R, K, S, H]."""
+    def empty_cache(self, start: Array, slots: int) -> DecodeCache:
+        """Returns the cache of rows with these first slots [R], nothing written yet."""
         config = self.config
-        shape = (rows, config.kv_heads, slots, config.head_dim)
+        rows, kv_heads, head_dim = start.shape[0], config.kv_heads, config.head_dim
         layers = range(config.num_decoder_layers)
-        keys = tuple(jnp.zeros(shape, config.dtype) for _ in layers)
-        return keys, tuple(jnp.zeros(shape, config.dtype) for _ in layers)
+        on_cpu = jax.default_backend() == "cpu"
+        return DecodeCache(
+            tuple(jnp.zeros((rows, kv_heads, head_dim, slots), config.dtype) for _ in layers),
+            tuple(jnp.zeros((rows, kv_heads, slots, head_dim), config.dtype) for _ in layers),
+            start=start,
+            index=jnp.int32(0),
+            head=self.head_weight().astype(config.dtype),
+            weights=self.decoder.layer_params() if on_cpu else (),
+        )
 
 
-def _write(cache_RKSH: Array, new_RTKH: Array, index: Array) -> Array:
-    """Returns the cache with T new slots from `index` on."""
-    new = jnp.swapaxes(new_RTKH, 1, 2).astype(cache_RKSH.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cache_RKSH, new, index, axis=2)
+def to_cache(key_RTKH: Array, value_RTKH: Array) -> tuple[Array, Array]:
+    """Returns keys and values in the layouts of `DecodeCache`."""
+    return key_RTKH.transpose(0, 2, 3, 1), value_RTKH.transpose(0, 2, 1, 3)
 
 
-def _slots_first(cache_RKSH: Array) -> Array:
-    return jnp.swapaxes(cache_RKSH, 1, 2)
+def from_cache(key_RKHS: Array, value_RKSH: Array) -> tuple[Array, Array]:
+    """Returns keys and values [R, S, K, H]; XLA cancels the transposes."""
+    return key_RKHS.transpose(0, 3, 1, 2), value_RKSH.transpose(0, 2, 1, 3)

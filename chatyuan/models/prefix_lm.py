@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from chatyuan.kernels import AttentionMask
 from chatyuan.models.cache import DecodeCache
 from chatyuan.models.language_model import Batch, LanguageModel
+from chatyuan.ops.matmul import linear
 
 Array = jax.Array
 
@@ -68,7 +69,6 @@ class PrefixLM(LanguageModel):
             key_start=jnp.broadcast_to(start[:, None], aligned.shape),
             key_end=jnp.where(positions >= 0, jnp.broadcast_to(end, aligned.shape), 0),
         )
-        keys, values = self.empty_rows(rows, length + max_decode_length)
-        cache = DecodeCache(keys, values, start=start, index=jnp.int32(0))
+        cache = self.empty_cache(start, length + max_decode_length)
         hidden, cache = self.decode(aligned, cache, positions=jnp.maximum(positions, 0), mask=mask)
-        return self.logits(hidden[:, -1]), cache
+        return linear(hidden[:, -1], cache.head, "float32"), cache

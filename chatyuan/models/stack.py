@@ -1,7 +1,7 @@
 """One transformer block, and the one place where blocks are stacked, scanned and rematerialised."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -173,6 +173,7 @@ class Stack(nnx.Module):
         xs: Any = None,
         *,
         unroll: bool = False,
+        layer_params: Sequence[Any] = (),
     ) -> tuple[Any, Any]:
         """Runs `body(block, carry, layer_index, x) -> (carry, y)` over the layers.
 
@@ -182,6 +183,8 @@ class Stack(nnx.Module):
             xs: pytree of arrays stacked on axis 0, or None.
             unroll: a Python loop whatever the configuration says; `xs` may then be a list, one item
                 per layer, and the ys come back as a list.
+            layer_params: of `layer_params()`, so that a loop around this does not slice; only with
+                `unroll`.
 
         Returns:
             The last carry, and the ys: stacked on axis 0 when scanned or unrolled by configuration.
@@ -200,13 +203,18 @@ class Stack(nnx.Module):
             return jax.lax.scan(layer, carry, (stacked, indices, xs))
         ys = []
         for i in range(self.num_layers):
-            params = jax.tree.map(lambda leaf: leaf[i], stacked)  # noqa: B023
-            x = xs[i] if isinstance(xs, list) else jax.tree.map(lambda leaf: leaf[i], xs)  # noqa: B023
+            params = layer_params[i] if layer_params else _slice(stacked, i)
+            x = xs[i] if isinstance(xs, list) else _slice(xs, i)
             carry, y = layer(carry, (params, jnp.int32(i), x))
             ys.append(y)
         if unroll:
             return carry, ys
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
+
+    def layer_params(self) -> tuple[Any, ...]:
+        """Returns the parameters of each layer apart."""
+        stacked = nnx.to_pure_dict(nnx.split(self.layers)[1])
+        return tuple(_slice(stacked, i) for i in range(self.num_layers))
 
     def inputs(
         self,
@@ -266,6 +274,11 @@ class Stack(nnx.Module):
         x_BTD = dropout(x_BTD, rate, key, self.num_layers)
         x_BTD, _ = self.run(body, x_BTD)
         return dropout(self.final_norm(x_BTD), rate, key, self.num_layers + 1)
+
+
+def _slice(tree: Any, index: int) -> Any:
+    """Returns element `index` of every leaf."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def _name_layer_axis(variable: nnx.Variable) -> nnx.Variable:
