@@ -8,11 +8,13 @@ process its contiguous share. So the number of hosts does not matter, and a run 
 step alone. Imports neither seqio nor TensorFlow, and jax only through grain in `iterate`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -177,7 +179,7 @@ class _Rows:
         v = self.objective.variants
         parts = [
             *sources, self.lengths, self.config.seed, self.config.pack, self.config.concatenate,
-            self.objective.config, self.objective.architecture, v.limit.tolist(), v.mode.tolist(),
+            self.objective.config, self.objective.architecture, v.table.tolist(),
             stream.WINDOW, stream.BLOCK_TOKENS, packing.POOL, packing.TOLERANCE, packing.VERSION,
         ]  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -215,9 +217,9 @@ class _Rows:
             row, piece = _pieces_of(block, order)
             e = block.pieces.example[piece]
             start = block.pieces.start[piece]
-            num_inputs = block.examples.num_inputs[e]
-            variant = block.examples.variant[e]
-            of_pair = self.objective.variants.kind[variant] == PAIR
+            num_inputs = block.examples["num_inputs"][e]
+            variant = block.examples["variant"][e]
+            of_pair = self.objective.variants.table["kind"][variant] == PAIR
             values = (
                 # Only the first piece of a segment says in which row it is.
                 np.where(block.pieces.joined[piece] == 1, -1, row + base),
@@ -229,7 +231,7 @@ class _Rows:
                 block.cut_inputs_e[e],
                 np.where(of_pair, num_inputs, -1),
                 variant,
-                packing.piece_keys(block.examples.key[e], start),
+                packing.piece_keys(block.examples["key"][e], start),
             )
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
@@ -407,6 +409,21 @@ class Loader(_Rows):
             self.index.save()
         return batch
 
+    def warm_up(self, step: int = 0) -> threading.Thread:
+        """Plans and compiles what `batch(step)` needs in a thread, while the model compiles.
+
+        The first time on a machine that takes about 5 seconds, later a tenth of it. A mistake that
+        it runs into is raised again, where it is seen, by `batch`.
+        """
+
+        def run() -> None:
+            with contextlib.suppress(Exception):
+                self.batch(step)
+
+        thread = threading.Thread(target=run, name="loader warm-up", daemon=True)
+        thread.start()
+        return thread
+
     def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[dict]:
         """`batch(start_step)`, `batch(start_step + 1)`, ... prepared ahead by Grain's threads."""
         import grain  # imports jax
@@ -460,7 +477,7 @@ def _partial(block: stream.Block, inside: int, num_sources: int) -> np.ndarray:
     e = block.pieces.example[piece]
     source = block.source_e[e]
     begins = block.pieces.start[piece] == 0
-    tokens = block.pieces.length[piece] + np.where(begins, block.examples.num_inputs[e], 0)
+    tokens = block.pieces.length[piece] + np.where(begins, block.examples["num_inputs"][e], 0)
     flags = block.truncated_e[e]
 
     def count(weights: np.ndarray) -> np.ndarray:

@@ -99,18 +99,27 @@ class VocabularyLike(Protocol):
         """The id of a piece, None when there is no such piece."""
 
 
-class Variants(NamedTuple):
-    """The variants of an objective as arrays [variants], and the ids that they write."""
+# Tables of records: every array of an argument costs compile time in each function that passes it.
+VARIANT = np.dtype(
+    [
+        ("kind", np.int64),
+        ("mode", np.int64),  # id of the mode token, or -1
+        ("limit", np.int64),  # longest text whose spans the sentinels suffice for
+        ("cumulative", np.float64),  # share of this variant and those before; PAIR is never drawn
+        ("ngram_rate", np.float64),
+        ("density", np.float32),
+        ("mean", np.float32),  # tokens
+    ],
+    align=True,
+)
 
-    kind: np.ndarray  # int64
-    density: np.ndarray  # float32
-    mean: np.ndarray  # float32, tokens
-    mode: np.ndarray  # int64, id of the mode token or -1
-    limit: np.ndarray  # int64, longest text whose spans the sentinels suffice for
-    cumulative: np.ndarray  # float64, cumulative share; PAIR variants are never drawn
+
+class Variants(NamedTuple):
+    """The variants of an objective, and the ids that they write."""
+
+    table: np.ndarray  # VARIANT [variants]
     sentinels: np.ndarray  # int32
     constants: np.ndarray  # int64: eos, pad, mask, decoder_only
-    ngram_rate: np.ndarray  # float64 [1]
 
 
 @numba.njit(inline="always")
@@ -141,16 +150,16 @@ def pair_sizes(v: Variants, variant: int, n: int, key: np.uint64) -> tuple[int, 
 
     Both are non-decreasing in n for a fixed key. Kinds without inputs return (0, length).
     """
-    kind = v.kind[variant]
-    lead = 1 if v.mode[variant] >= 0 else 0
+    kind = v.table[variant].kind
+    lead = 1 if v.table[variant].mode >= 0 else 0
     if kind == SPAN:
         if n == 1:  # T5 keeps a single token and asks for an empty span
             return 2 + lead, 2
-        noise = _noise(n, v.density[variant])
-        spans = _spans(n, noise, v.mean[variant])
+        noise = _noise(n, v.table[variant].density)
+        spans = _spans(n, noise, v.table[variant].mean)
         return n - noise + spans + 1 + lead, noise + spans + 1
     if kind == PREFIX:
-        targets = _split(n, v.density[variant], key)
+        targets = _split(n, v.table[variant].density, key)
         return n - targets + 1 + lead, targets + 1
     return 0, n + 1
 
@@ -167,7 +176,7 @@ def sizes(v: Variants, variant: int, n: int, key: np.uint64) -> tuple[int, int]:
 @numba.njit(cache=True, nogil=True)
 def fit(v: Variants, variant: int, n: int, key: np.uint64, room_a: int, room_b: int) -> int:
     """The longest prefix of a text of n tokens that fits into (room_a, room_b); 0 if none does."""
-    low, high = 0, min(n, v.limit[variant])
+    low, high = 0, min(n, v.table[variant].limit)
     while low < high:
         middle = (low + high + 1) // 2
         a, b = sizes(v, variant, middle, key)
@@ -184,7 +193,7 @@ def choose_variants(v: Variants, keys: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(keys)):
         u = uniform(draw(keys[i], 1))
         variant = 0
-        while u >= v.cumulative[variant]:
+        while u >= v.table[variant].cumulative:
             variant += 1
         out[i] = variant
 
@@ -222,8 +231,8 @@ def _write_spans(
     eos = v.constants[0]
     a = 0
     b = 0
-    if v.mode[variant] >= 0:
-        inputs[0] = v.mode[variant]
+    if v.table[variant].mode >= 0:
+        inputs[0] = v.table[variant].mode
         a = 1
     if n == 1:
         inputs[a] = text[0]
@@ -231,8 +240,8 @@ def _write_spans(
         targets[0] = v.sentinels[0]
         targets[1] = eos
         return
-    noise = _noise(n, v.density[variant])
-    spans = _spans(n, noise, v.mean[variant])
+    noise = _noise(n, v.table[variant].density)
+    spans = _spans(n, noise, v.table[variant].mean)
     kept = n - noise
     counter = _mark(flags, kept, spans - 1, key, 2)
     _mark(flags[kept:], noise, spans - 1, key, counter)
@@ -280,16 +289,16 @@ def write_pair(
 
     `text` is the tokens without end-of-sequence; for PAIR the first `num_inputs` are the inputs.
     """
-    kind = v.kind[variant]
+    kind = v.table[variant].kind
     if kind == SPAN:
         _write_spans(v, variant, key, text, inputs, targets, flags)
         return
     n = len(text)
     a = 0
     if kind == PREFIX:
-        num_inputs = n - _split(n, v.density[variant], key)
-        if v.mode[variant] >= 0:
-            inputs[0] = v.mode[variant]
+        num_inputs = n - _split(n, v.table[variant].density, key)
+        if v.table[variant].mode >= 0:
+            inputs[0] = v.table[variant].mode
             a = 1
     for i in range(num_inputs):
         inputs[a + i] = text[i]
@@ -369,19 +378,21 @@ class Objective:
         total = weights.sum()
         cumulative = np.cumsum(weights / total) if total else np.full(len(rows), 1.0)
         cumulative[cumulative > 1 - 1e-12] = np.inf  # rounding must not draw the last variant
+        table = np.zeros(len(rows), VARIANT)
+        table["kind"] = [row[1] for row in rows]
+        table["mode"] = [modes.get(row[0], -1) for row in rows]
+        table["limit"] = [_limit(row, len(sentinels)) for row in rows]
+        table["cumulative"] = cumulative
+        table["ngram_rate"] = config.mask_ngram_rate
+        table["density"] = [row[2] for row in rows]
+        table["mean"] = [row[3] for row in rows]
         self.variants = Variants(
-            kind=np.array([row[1] for row in rows], np.int64),
-            density=np.array([row[2] for row in rows], np.float32),
-            mean=np.array([row[3] for row in rows], np.float32),
-            mode=np.array([modes.get(row[0], -1) for row in rows], np.int64),
-            limit=np.array([_limit(row, len(sentinels)) for row in rows], np.int64),
-            cumulative=cumulative,
+            table=table,
             sentinels=np.array(sentinels or [0], np.int32),
             constants=np.array(
                 [self.eos_id, self.pad_id, sentinels[0] if sentinels else -1, self.decoder_only],
                 np.int64,
             ),
-            ngram_rate=np.array([config.mask_ngram_rate], np.float64),
         )
         self.pair_variant = len(rows) - 1
 
@@ -405,7 +416,7 @@ class Objective:
         """
         text = np.ascontiguousarray(tokens, np.int32)
         variant = self.variant(key) if variant is None else variant
-        assert self.variants.kind[variant] in (SPAN, PREFIX), self.names[variant]
+        assert self.variants.table["kind"][variant] in (SPAN, PREFIX), self.names[variant]
         key = np.uint64(key)
         a, b = pair_sizes(self.variants, variant, len(text), key)
         inputs, targets = np.zeros(a, np.int32), np.zeros(b, np.int32)

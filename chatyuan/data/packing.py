@@ -34,13 +34,27 @@ _NO, _YES = np.int64(0), np.int64(1)
 _CLOSES = -10.0  # cost of an example that fills the row; below every other cost
 
 
-class Examples(NamedTuple):
-    """What planning knows of each example: arrays [examples]."""
-
-    num_inputs: np.ndarray  # int64, tokens of `inputs` of a pair, 0 for text
-    length: np.ndarray  # int64, tokens of the text or of `targets`
-    variant: np.ndarray  # int64
-    key: np.ndarray  # uint64
+# What planning knows of each example.
+EXAMPLE = np.dtype(
+    [
+        ("num_inputs", np.int64),  # tokens of `inputs` of a pair, 0 for text
+        ("length", np.int64),  # tokens of the text, or of `targets`
+        ("variant", np.int64),
+        ("key", np.uint64),
+    ]
+)
+# An example that waits; size_a is -1 for documents longer than a row.
+_WAITING = np.dtype(
+    [
+        ("example", np.int64),
+        ("start", np.int64),
+        ("length", np.int64),
+        ("size_a", np.int64),
+        ("size_b", np.int64),
+        ("arrival", np.int64),
+        ("key", np.uint64),
+    ]
+)
 
 
 class Pieces(NamedTuple):
@@ -53,33 +67,21 @@ class Pieces(NamedTuple):
     row_offsets: np.ndarray  # int64 [rows + 1]; row r is pieces row_offsets[r]:row_offsets[r + 1]
 
 
-class _Pool(NamedTuple):
-    """Waiting examples, arrays [POOL]; size_a is -1 for documents longer than a row."""
-
-    example: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    size_a: np.ndarray
-    size_b: np.ndarray
-    arrival: np.ndarray
-    key: np.ndarray
-
-
 @numba.njit(cache=True, nogil=True)
 def whole_size(
-    v: Variants, e: Examples, i: int, start: int, room_a: int, room_b: int
+    v: Variants, e: np.ndarray, i: int, start: int, room_a: int, room_b: int
 ) -> tuple[int, int]:
     """What example i from token `start` on takes of a row, (-1, -1) where it must be cut."""
-    n = e.length[i] - start
-    variant = e.variant[i]
-    if v.kind[variant] == PAIR:
-        a, b = e.num_inputs[i] + 1, n + 1
+    n = e[i].length - start
+    variant = e[i].variant
+    if v.table[variant].kind == PAIR:
+        a, b = e[i].num_inputs + 1, n + 1
         if v.constants[3] == 1:
             return a + b, 0
         return a, b
-    if n > v.limit[variant]:
+    if n > v.table[variant].limit:
         return -1, -1
-    a, b = sizes(v, variant, n, combine(e.key[i], start))
+    a, b = sizes(v, variant, n, combine(e[i].key, start))
     if a > room_a or b > room_b:
         return -1, -1
     return a, b
@@ -112,14 +114,14 @@ def _grown(array: np.ndarray) -> np.ndarray:
 
 @numba.njit(cache=True, nogil=True)
 def _best_whole(
-    pool: _Pool, count: int, room_a: int, room_b: int, per_a: float, per_b: float
+    pool: np.ndarray, count: int, room_a: int, room_b: int, per_a: float, per_b: float
 ) -> tuple[int, float, int]:
     """The best of the examples that fit whole: (slot or -1, cost, slot of the oldest)."""
     best, best_cost, oldest = -1, 1e30, 0
     for i in range(count):
-        if pool.arrival[i] < pool.arrival[oldest]:
+        if pool[i].arrival < pool[oldest].arrival:
             oldest = i
-        a, b = pool.size_a[i], pool.size_b[i]
+        a, b = pool[i].size_a, pool[i].size_b
         if a <= 0 or a > room_a or b > room_b:
             continue
         left_a, left_b = (room_a - a) * per_a, (room_b - b) * per_b
@@ -132,18 +134,18 @@ def _best_whole(
 
 @numba.njit(cache=True, nogil=True)
 def _closing_pair(
-    pool: _Pool, count: int, room_a: int, room_b: int, per_a: float, per_b: float
+    pool: np.ndarray, count: int, room_a: int, room_b: int, per_a: float, per_b: float
 ) -> int:
     """An example that closes the row together with a second one; -1 if no two do."""
     slack_a = np.int64(TOLERANCE / per_a)
     slack_b = np.int64(TOLERANCE / per_b) if per_b > 0.0 else _NO
     for i in range(count):
-        a, b = room_a - pool.size_a[i], room_b - pool.size_b[i]
-        if pool.size_a[i] <= 0 or a <= 0 or b < 0:
+        a, b = room_a - pool[i].size_a, room_b - pool[i].size_b
+        if pool[i].size_a <= 0 or a <= 0 or b < 0:
             continue
         for j in range(i):
-            spare_a, spare_b = a - pool.size_a[j], b - pool.size_b[j]
-            if 0 <= spare_a <= slack_a and 0 <= spare_b <= slack_b and pool.size_a[j] > 0:
+            spare_a, spare_b = a - pool[j].size_a, b - pool[j].size_b
+            if 0 <= spare_a <= slack_a and 0 <= spare_b <= slack_b and pool[j].size_a > 0:
                 return i
     return -1
 
@@ -151,8 +153,8 @@ def _closing_pair(
 @numba.njit(cache=True, nogil=True)
 def _best_cut(
     v: Variants,
-    e: Examples,
-    pool: _Pool,
+    e: np.ndarray,
+    pool: np.ndarray,
     count: int,
     long: int,
     room: tuple[int, int],
@@ -168,17 +170,17 @@ def _best_cut(
     tries = 0
     seen = 0  # bits: variants looked at
     for i in range(count):
-        variant = e.variant[pool.example[i]]
-        if (pool.size_a[i] < 0) != (long == 1) or v.kind[variant] == PAIR:
+        variant = e[pool[i].example].variant
+        if (pool[i].size_a < 0) != (long == 1) or v.table[variant].kind == PAIR:
             continue
         if (seen >> variant) & 1:
             continue
         tries += 1
-        length = piece_length(v, variant, pool.length[i], pool.key[i], room[0], room[1], empty)
+        length = piece_length(v, variant, pool[i].length, pool[i].key, room[0], room[1], empty)
         if length > 0:
-            if v.kind[variant] == SPAN:
+            if v.table[variant].kind == SPAN:
                 seen |= 1 << variant
-            a, b = sizes(v, variant, length, pool.key[i])
+            a, b = sizes(v, variant, length, pool[i].key)
             worst = max((room[0] - a) * per[0], (room[1] - b) * per[1])
             if worst < best_worst:
                 best, best_length, best_worst = i, length, worst
@@ -191,13 +193,13 @@ def _best_cut(
 def _opening(
     v: Variants,
     variant: int,
-    pool: _Pool,
+    pool: np.ndarray,
     slot: int,
     full: tuple[int, int],
     per: tuple[float, float],
 ) -> int:
     """How much of a long document opens a row: all that fits, or half where that is lopsided."""
-    n, key = pool.length[slot], pool.key[slot]
+    n, key = pool[slot].length, pool[slot].key
     length = piece_length(v, variant, n, key, full[0], full[1], _YES)
     a, b = sizes(v, variant, length, key)
     if max((full[0] - a) * per[0], (full[1] - b) * per[1]) > _LOPSIDED:
@@ -209,8 +211,8 @@ def _opening(
 @numba.njit(cache=True, nogil=True)
 def _choose(
     v: Variants,
-    e: Examples,
-    pool: _Pool,
+    e: np.ndarray,
+    pool: np.ndarray,
     count: int,
     arrivals: int,
     room: tuple[int, int],
@@ -221,22 +223,22 @@ def _choose(
     empty = _YES if room == full else _NO
     slot, cost, oldest = _best_whole(pool, count, room[0], room[1], per[0], per[1])
     if cost < -1.0:
-        return slot, pool.length[slot]
+        return slot, pool[slot].length
     cut, length, worst = _NO - 1, _NO, 1.0
     # Mid-row the piece of a long document closes only a row that is evenly filled.
     if empty == 1 or slot < 0 or abs(room[0] * per[0] - room[1] * per[1]) <= _EVEN:
         cut, length, worst = _best_cut(v, e, pool, count, _YES, room, per, empty)
     if cut >= 0 and worst <= TOLERANCE:
         return cut, length
-    if empty == 1 and pool.size_a[oldest] > 0:
-        return oldest, pool.length[oldest]
-    if empty == 1 and pool.arrival[oldest] + _PATIENCE < arrivals:
-        return oldest, _opening(v, e.variant[pool.example[oldest]], pool, oldest, full, per)
+    if empty == 1 and pool[oldest].size_a > 0:
+        return oldest, pool[oldest].length
+    if empty == 1 and pool[oldest].arrival + _PATIENCE < arrivals:
+        return oldest, _opening(v, e[pool[oldest].example].variant, pool, oldest, full, per)
     if slot >= 0:
         if max(room[0] * per[0], room[1] * per[1]) <= _NEARLY_FULL:
             pair = _closing_pair(pool, count, room[0], room[1], per[0], per[1])
             slot = pair if pair >= 0 else slot
-        return slot, pool.length[slot]
+        return slot, pool[slot].length
     if cut >= 0:
         return cut, length
     if max(room[0] * per[0], room[1] * per[1]) > TOLERANCE:
@@ -246,46 +248,47 @@ def _choose(
 
 @numba.njit(cache=True, nogil=True)
 def _enter(
-    v: Variants, e: Examples, pool: _Pool, slot: int, i: int, start: int, full: tuple[int, int]
+    v: Variants,
+    e: np.ndarray,
+    pool: np.ndarray,
+    slot: int,
+    i: int,
+    start: int,
+    full: tuple[int, int],
 ) -> None:
     """Puts example i, from token `start` on, into a slot of the pool."""
-    pool.example[slot] = i
-    pool.start[slot] = start
-    pool.length[slot] = e.length[i] - start
-    pool.key[slot] = combine(e.key[i], start)
+    pool[slot].example = i
+    pool[slot].start = start
+    pool[slot].length = e[i].length - start
+    pool[slot].key = combine(e[i].key, start)
     a, b = whole_size(v, e, i, start, full[0], full[1])
-    if a > 0 and full[1] > 0 and v.kind[e.variant[i]] != PAIR:
+    if a > 0 and full[1] > 0 and v.table[e[i].variant].kind != PAIR:
         share_a, share_b = a / full[0], b / full[1]
         if max(share_a, share_b) > _LARGE and abs(share_a - share_b) > _LOPSIDED:
             a = -1  # it would use up one side alone
-    pool.size_a[slot], pool.size_b[slot] = a, b
+    pool[slot].size_a, pool[slot].size_b = a, b
 
 
 @numba.njit(cache=True, nogil=True)
-def _leave(pool: _Pool, slot: int, last: int) -> None:
+def _leave(pool: np.ndarray, slot: int, last: int) -> None:
     """Frees a slot by moving the last one into it."""
-    for array in (pool.example, pool.start, pool.length, pool.size_a, pool.size_b, pool.arrival):
-        array[slot] = array[last]
-    pool.key[slot] = pool.key[last]
+    pool[slot] = pool[last]
 
 
 @numba.njit(cache=True, nogil=True)
-def pack(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
+def pack(v: Variants, e: np.ndarray, room_a: int, room_b: int) -> Pieces:
     """Plans full rows; every token of every example is in exactly one piece.
 
     Args:
       v: the objective's variants.
-      e: the examples in the order in which they should be seen, roughly kept. Pairs must fit a row.
+      e: EXAMPLE [examples] in the order in which they should be seen, which is roughly kept;
+        pairs must fit a row.
       room_a, room_b: capacities of a row; room_b is 0 for one stack.
     """
     full = (room_a, room_b)
-    zeros = np.zeros
     n = np.int64
-    pool = _Pool(
-        zeros(POOL, n), zeros(POOL, n), zeros(POOL, n), zeros(POOL, n), zeros(POOL, n),
-        zeros(POOL, n), zeros(POOL, np.uint64),
-    )  # fmt: skip
-    total = len(e.length)
+    pool = np.zeros(POOL, _WAITING)
+    total = len(e)
     example, start = np.empty(total + 16, n), np.empty(total + 16, n)
     length = np.empty(total + 16, n)
     row_offsets = np.zeros(total // 4 + 16, n)
@@ -293,9 +296,9 @@ def pack(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
     room = full
     while True:
         while count < POOL and arrivals < total:
-            if e.length[arrivals] > 0 or e.num_inputs[arrivals] > 0:  # an empty text is no example
+            if e[arrivals].length > 0 or e[arrivals].num_inputs > 0:  # an empty text is no example
                 _enter(v, e, pool, count, arrivals, _NO, full)
-                pool.arrival[count] = arrivals
+                pool[count].arrival = arrivals
                 count += 1
             arrivals += 1
         slot, tokens = _NO - 1, _NO
@@ -312,18 +315,18 @@ def pack(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
             if count == 0:
                 break
             continue
-        i = pool.example[slot]
+        i = pool[slot].example
         if pieces == len(example):
             example, start, length = _grown(example), _grown(start), _grown(length)
-        example[pieces], start[pieces], length[pieces] = i, pool.start[slot], tokens
+        example[pieces], start[pieces], length[pieces] = i, pool[slot].start, tokens
         pieces += 1
-        if tokens < pool.length[slot]:
-            a, b = sizes(v, e.variant[i], tokens, pool.key[slot])
-            _enter(v, e, pool, slot, i, pool.start[slot] + tokens, full)
+        if tokens < pool[slot].length:
+            a, b = sizes(v, e[i].variant, tokens, pool[slot].key)
+            _enter(v, e, pool, slot, i, pool[slot].start + tokens, full)
         else:
-            a, b = pool.size_a[slot], pool.size_b[slot]
+            a, b = pool[slot].size_a, pool[slot].size_b
             if a < 0:
-                a, b = sizes(v, e.variant[i], tokens, pool.key[slot])
+                a, b = sizes(v, e[i].variant, tokens, pool[slot].key)
             count -= 1
             _leave(pool, slot, count)
         room = (room[0] - a, room[1] - b)
@@ -334,28 +337,28 @@ def pack(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
 
 
 @numba.njit(cache=True, nogil=True)
-def separate(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
+def separate(v: Variants, e: np.ndarray, room_a: int, room_b: int) -> Pieces:
     """One piece per row: whole examples, and long documents cut into as few pieces as fit."""
-    total = len(e.length)
+    total = len(e)
     example = np.empty(total + 16, np.int64)
     start, length = np.empty(total + 16, np.int64), np.empty(total + 16, np.int64)
     pieces = 0
     for i in range(total):
         at = _NO
-        if e.length[i] == 0 and e.num_inputs[i] == 0:
+        if e[i].length == 0 and e[i].num_inputs == 0:
             continue
         while True:
-            tokens = e.length[i] - at
+            tokens = e[i].length - at
             if whole_size(v, e, i, at, room_a, room_b)[0] < 0:
                 tokens = piece_length(
-                    v, e.variant[i], tokens, combine(e.key[i], at), room_a, room_b, _YES
+                    v, e[i].variant, tokens, combine(e[i].key, at), room_a, room_b, _YES
                 )
             if pieces == len(example):
                 example, start, length = _grown(example), _grown(start), _grown(length)
             example[pieces], start[pieces], length[pieces] = i, at, tokens
             pieces += 1
             at += tokens
-            if at >= e.length[i]:
+            if at >= e[i].length:
                 break
     return Pieces(
         example[:pieces],
@@ -367,12 +370,12 @@ def separate(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
 
 
 @numba.njit(cache=True, nogil=True)
-def concatenate(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
+def concatenate(v: Variants, e: np.ndarray, room_a: int, room_b: int) -> Pieces:
     """T5's `reduce_concat_tokens` and `split_tokens`: rows of one segment that spans documents.
 
     Documents are joined without a mark between them. Not for pairs.
     """
-    total = len(e.length)
+    total = len(e)
     example = np.empty(total + 16, np.int64)
     start, length = np.empty(total + 16, np.int64), np.empty(total + 16, np.int64)
     joined = np.empty(total + 16, np.uint8)
@@ -380,7 +383,7 @@ def concatenate(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
     pieces, rows, want = 0, 0, 0
     for i in range(total):
         at = _NO
-        while at < e.length[i]:
+        while at < e[i].length:
             if pieces == len(example):
                 example, start, length = _grown(example), _grown(start), _grown(length)
                 joined = _grown(joined)
@@ -390,8 +393,8 @@ def concatenate(v: Variants, e: Examples, room_a: int, room_b: int) -> Pieces:
                     row_offsets = _grown(row_offsets)
                 row_offsets[rows] = pieces
                 rows += 1
-                want = fit(v, e.variant[i], 1 << 30, combine(e.key[i], at), room_a, room_b)
-            tokens = min(want, e.length[i] - at)
+                want = fit(v, e[i].variant, 1 << 30, combine(e[i].key, at), room_a, room_b)
+            tokens = min(want, e[i].length - at)
             example[pieces], start[pieces], length[pieces] = i, at, tokens
             joined[pieces] = 0 if first else 1
             pieces += 1
@@ -425,11 +428,11 @@ def expected_sizes(
     The mean is over all variants by their weights, so it does not depend on which are drawn.
     """
     total_a, total_b, longest = 0.0, 0.0, _NO
-    for variant in range(len(v.kind)):
-        share = min(v.cumulative[variant], 1.0) - (
-            v.cumulative[variant - 1] if variant > 0 else 0.0
+    for variant in range(len(v.table)):
+        share = min(v.table[variant].cumulative, 1.0) - (
+            v.table[variant - 1].cumulative if variant > 0 else 0.0
         )
-        if v.kind[variant] == PAIR or not share > 0.0:
+        if v.table[variant].kind == PAIR or not share > 0.0:
             continue
         for i in range(len(lengths)):
             whole = fit(v, variant, UNLIMITED, keys[i], room_a, UNLIMITED)
@@ -443,7 +446,7 @@ def expected_sizes(
 
 
 @numba.njit(cache=True, nogil=True)
-def used(v: Variants, e: Examples, p: Pieces) -> tuple[int, int]:
+def used(v: Variants, e: np.ndarray, p: Pieces) -> tuple[int, int]:
     """Tokens that all rows hold on either side."""
     used_a, used_b = 0, 0
     i = 0
@@ -454,12 +457,12 @@ def used(v: Variants, e: Examples, p: Pieces) -> tuple[int, int]:
             n += p.length[i]
             i += 1
         x = p.example[first]
-        if v.kind[e.variant[x]] == PAIR:
-            a, b = e.num_inputs[x] + 1, n + 1
+        if v.table[e[x].variant].kind == PAIR:
+            a, b = e[x].num_inputs + 1, n + 1
             if v.constants[3] == 1:
                 a, b = a + b, 0
         else:
-            a, b = sizes(v, e.variant[x], n, combine(e.key[x], p.start[first]))
+            a, b = sizes(v, e[x].variant, n, combine(e[x].key, p.start[first]))
         used_a += a
         used_b += b
     return used_a, used_b

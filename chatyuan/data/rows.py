@@ -111,12 +111,12 @@ def _single(
 ) -> None:
     """One segment of LM, MASKED or REVERSE; the row slices have len(text) + 1 tokens."""
     n = len(text)
-    kind = v.kind[variant]
+    kind = v.table[variant].kind
     for j in range(n):
         targets[j] = text[j]
     targets[n] = v.constants[0]
     if kind == MASKED:
-        mask_tokens(n, v.density[variant], v.ngram_rate[0], key, flags)
+        mask_tokens(n, v.table[variant].density, v.table[variant].ngram_rate, key, flags)
         flags[n] = 0
         for j in range(n + 1):
             masked = flags[j] == 1
@@ -161,7 +161,7 @@ def _decoder_only(
         size_a, size_b = _sizes(v, s, i)
         size = size_a + size_b
         tokens = text[s.at[i] : s.at[i] + s.length[i]]
-        kind = v.kind[s.variant[i]]
+        kind = v.table[s.variant[i]].kind
         if kind == LM or kind == MASKED or kind == REVERSE:
             _single(
                 v,

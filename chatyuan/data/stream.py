@@ -53,7 +53,7 @@ class Block:
 
     source_e: np.ndarray  # int64
     document_e: np.ndarray  # int64
-    examples: packing.Examples
+    examples: np.ndarray  # packing.EXAMPLE [examples]
     cut_inputs_e: np.ndarray  # int64, tokens of a pair's inputs left out on the left
     truncated_e: np.ndarray  # uint8 [examples], 1: inputs truncated, 2: targets, 3: both
     pieces: packing.Pieces
@@ -200,7 +200,7 @@ class Planner:
 
     def _examples(
         self, source: np.ndarray, document: np.ndarray, key: np.ndarray
-    ) -> tuple[packing.Examples, np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Lengths after truncation of pairs, variants, and what was counted on the way."""
         num_inputs = np.zeros(len(source), np.int64)
         length = np.zeros(len(source), np.int64)
@@ -234,7 +234,10 @@ class Planner:
                 np.count_nonzero(truncated[of] & 1),
             )
             totals[s, -1] = np.count_nonzero(truncated[of] & 2)
-        return packing.Examples(num_inputs, length, variant, key), cut, truncated, totals
+        examples = np.zeros(len(source), packing.EXAMPLE)
+        examples["num_inputs"], examples["length"] = num_inputs, length
+        examples["variant"], examples["key"] = variant, key
+        return examples, cut, truncated, totals
 
 
 class BlockIndex:

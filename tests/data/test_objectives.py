@@ -146,11 +146,11 @@ def pair_objectives(draw):
 @given(pair_objectives(), st.integers(1, 400), st.integers(0, 2**64 - 1))
 def test_inputs_and_targets_restore_the_text(objective, n, seed):
     variant = objective.variant(seed)
-    n = min(n, int(objective.variants.limit[variant]))
+    n = min(n, int(objective.variants.table["limit"][variant]))
     tokens = np.arange(1000, 1000 + n)
     inputs, targets = objective.pair(tokens, seed)
     assert (len(inputs), len(targets)) == sizes(objective.variants, variant, n, np.uint64(seed))
-    mode = objective.variants.mode[variant]
+    mode = objective.variants.table["mode"][variant]
     if mode >= 0:
         assert inputs[0] == mode
         inputs = inputs[1:]
@@ -164,7 +164,7 @@ def test_inputs_and_targets_restore_the_text(objective, n, seed):
 def test_sizes_never_shrink_and_fit_is_the_longest(objective, seed, room_a, room_b):
     seed = np.uint64(seed)
     for variant in range(len(objective.names)):
-        limit = min(400, int(objective.variants.limit[variant]))
+        limit = min(400, int(objective.variants.table["limit"][variant]))
         both = [sizes(objective.variants, variant, n, seed) for n in range(1, limit + 1)]
         assert all(a <= c and b <= d for (a, b), (c, d) in itertools.pairwise(both))
         fitting = [n for n, (a, b) in enumerate(both, 1) if a <= room_a and b <= room_b]
@@ -208,7 +208,7 @@ def test_masking_takes_the_exact_number_and_mostly_single_tokens():
 def test_a_text_is_split_before_the_sentinels_run_out():
     ids = Ids(sentinel_ids=(104, 103, 102, 101, 100))
     objective = span(0.15, 3.0, ids)
-    limit = int(objective.variants.limit[0])
+    limit = int(objective.variants.table["limit"][0])
     inputs, _ = objective.pair(np.arange(1000, 1000 + limit), key(0))
     assert np.isin(inputs, ids.sentinel_ids).sum() == 5
     assert fit(objective.variants, 0, 10_000, np.uint64(0), 10_000, 10_000) == limit

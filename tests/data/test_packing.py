@@ -16,15 +16,17 @@ from chatyuan.data.stream import Source
 PLANS = {"pack": packing.pack, "separate": packing.separate, "concatenate": packing.concatenate}
 
 
-def examples(objective: Objective, lengths: np.ndarray, seed: int = 0) -> packing.Examples:
+def examples(objective: Objective, lengths: np.ndarray, seed: int = 0) -> np.ndarray:
     lengths = np.asarray(lengths, np.int64)
     keys = np.array([name_key(seed, i) for i in range(len(lengths))], np.uint64)
     variants = np.zeros(len(lengths), np.int64)
     choose_variants(objective.variants, keys, variants)
-    return packing.Examples(np.zeros(len(lengths), np.int64), lengths, variants, keys)
+    out = np.zeros(len(lengths), packing.EXAMPLE)
+    out["length"], out["variant"], out["key"] = lengths, variants, keys
+    return out
 
 
-def row_sizes(objective: Objective, e: packing.Examples, p: packing.Pieces) -> np.ndarray:
+def row_sizes(objective: Objective, e: np.ndarray, p: packing.Pieces) -> np.ndarray:
     """What the rows take on both sides, int64 [rows, 2]."""
     out = np.zeros((len(p.row_offsets) - 1, 2), np.int64)
     row = np.repeat(np.arange(len(out)), np.diff(p.row_offsets))
@@ -32,21 +34,21 @@ def row_sizes(objective: Objective, e: packing.Examples, p: packing.Pieces) -> n
     lengths = np.add.reduceat(p.length, heads)
     for i, n in zip(heads, lengths, strict=True):
         x = p.example[i]
-        key = np.uint64(combine(e.key[x], p.start[i]))
-        out[row[i]] += sizes(objective.variants, e.variant[x], n, key)
+        key = np.uint64(combine(e["key"][x], p.start[i]))
+        out[row[i]] += sizes(objective.variants, e["variant"][x], n, key)
     return out
 
 
-def check_complete(e: packing.Examples, p: packing.Pieces) -> None:
+def check_complete(e: np.ndarray, p: packing.Pieces) -> None:
     """Every token of every example is in exactly one piece."""
-    for i in range(len(e.length)):
+    for i in range(len(e)):
         of = np.flatnonzero(p.example == i)
         pieces = sorted(zip(p.start[of].tolist(), p.length[of].tolist(), strict=True))
         at = 0
         for start, length in pieces:
             assert start == at and length > 0
             at += length
-        assert at == e.length[i]
+        assert at == e["length"][i]
 
 
 def objective_of(name: str) -> Objective:
@@ -116,7 +118,7 @@ def test_rows_of_mixed_denoisers_are_nearly_full(name):
     # What these examples happened to draw: with seven denoisers a percent from what was expected.
     drawn = [
         sizes(objective.variants, variant, min(n, 400), np.uint64(combine(key, 0)))
-        for n, variant, key in zip(lengths, e.variant, e.key, strict=True)
+        for n, variant, key in zip(lengths, e["variant"], e["key"], strict=True)
     ]
     exact = round(512 * sum(b for _, b in drawn) / sum(a for a, _ in drawn))
     assert abs(natural - exact) / exact < 0.03
