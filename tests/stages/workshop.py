@@ -8,8 +8,10 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
+from chatyuan import checkpoints
 from chatyuan.main import main
 
 RECIPE = """
@@ -184,13 +186,12 @@ def furnish(root: pathlib.Path) -> Workshop:
 
 def arrays(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint: weights, optimizer, step."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.restore((run / "checkpoints" / str(step) / "state").absolute())
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    folder = (run / "checkpoints" / str(step)).absolute()
+    shapes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["arrays"]
+    wanted = {
+        name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()
+    }
+    return {name: np.asarray(a) for name, a in checkpoints._read_arrays(folder, wanted).items()}
 
 
 def untimed(run: pathlib.Path) -> list[dict[str, Any]]:
