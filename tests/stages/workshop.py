@@ -189,7 +189,8 @@ def arrays(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     folder = (run / "checkpoints" / str(step)).absolute()
     shapes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["arrays"]
     wanted = {
-        name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()
+        name: jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+        for name, (shape, dtype) in shapes.items()
     }
     return {name: np.asarray(a) for name, a in checkpoints._read_arrays(folder, wanted).items()}
 
