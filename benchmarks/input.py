@@ -201,28 +201,34 @@ def serve(arguments: argparse.Namespace) -> int:
     if arguments.worker == "seqio":
         batches = seqio_batches(arguments)
         take = lambda step: next(batches)  # noqa: E731
-        steps = arguments.steps // 8
+        steps = max(1, arguments.steps // 4)
     else:
         pipeline = (MAIN, JOINED, *OTHERS)[int(arguments.worker)]
         built = ours(arguments, pipeline)
         take, steps = built.pop("batch"), arguments.steps
-    take(0)  # compiles, or fills buffers
+    for step in range(steps):  # compiles and fills buffers
+        take(step)
     common.reply(**{key: value for key, value in built.items() if key != "batch"})
-    step = 1
+    step = steps
+    # CPU time runs on between the runs: seqio's threads fill their buffers while others are
+    # measured, and what a run then takes from the buffers was paid for before it began.
+    cpu = time.process_time()
     for _ in common.commands():
         totals = np.zeros(4, np.int64)
         counting = 0.0
-        cpu, wall = time.process_time(), time.perf_counter()
+        wall = time.perf_counter()
         for _ in range(steps):
             batch = take(step)
             step += 1
             start = time.process_time()
             totals += count(batch)
             counting += time.process_time() - start
-        cpu, wall = time.process_time() - cpu - counting, time.perf_counter() - wall - counting
+        wall = time.perf_counter() - wall - counting
+        now = time.process_time()
+        spent, cpu = now - cpu - counting, now
         tokens = float(totals[0] + totals[1])
         common.reply(
-            seconds=[cpu / tokens * 1e6],
+            seconds=[spent / tokens * 1e6],
             wall=wall / tokens * 1e6,
             utilisation=[float(totals[0] / max(totals[2], 1)), float(totals[1] / totals[3])],
         )
@@ -299,11 +305,11 @@ def measure(arguments: argparse.Namespace, names: dict[str, str]) -> list[Result
     return results
 
 
-def row(result: Result, peer: Result | None) -> list[str]:
+def row(result: Result, peer: Result | None, commit: str) -> list[str]:
     """A row of the results table."""
     inside, outside = result.utilisation
     return [
-        common.today(), common.cpu_name(), common.versions("numba", "numpy"), common.commit(),
+        common.today(), common.cpu_name(), common.versions("numba", "numpy"), commit,
         result.name, "/".join(map(str, result.lengths)), f"{result.rate:.1f}",
         f"{1 / result.wall:.1f}", f"{inside:.4f} / {outside:.4f}" if inside else f"{outside:.4f}",
         f"{peer.rate:.2f} ({peer.utilisation[0]:.3f} / {peer.utilisation[1]:.3f})" if peer else "-",
@@ -319,12 +325,13 @@ def main(arguments: argparse.Namespace) -> int:
             made = make_cache(pathlib.Path(folder))
             arguments.cache_dir, arguments.task, arguments.vocabulary = made
         pipelines = (MAIN, JOINED, *(OTHERS if arguments.all else ()))
+        commit = common.commit()
         common.print_configuration(
             "Input pipeline, one core",
             {
                 "device": common.cpu_name(),
                 "versions": common.versions("numba", "numpy", "seqio", "tensorflow"),
-                "commit": common.commit(),
+                "commit": commit,
                 "cache": f"{arguments.task} in {arguments.cache_dir}",
                 "batch": f"{BATCH_SIZE} sequences, {arguments.steps} batches a run",
                 "runs": arguments.runs,
@@ -341,7 +348,9 @@ def main(arguments: argparse.Namespace) -> int:
         peer = results.pop() if arguments.seqio_python else None
         if not arguments.no_record:
             same = {MAIN.name, JOINED.name}
-            rows = [row(result, peer if result.name in same else None) for result in results]
+            rows = [
+                row(result, peer if result.name in same else None, commit) for result in results
+            ]
             common.append_rows("Input pipeline", COLUMNS, rows)
     first = results[0]
     checks = [
