@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chatyuan.models import ModelConfig, build
+from chatyuan.models.loss import supervised_loss
 
 VOCAB = 64
 TINY = ModelConfig(
@@ -104,3 +105,16 @@ def logits_function(config):
         return module.logits(module.hidden(batch))
 
     return lambda params, batch: logits(params, jax.tree.map(jnp.asarray, batch))
+
+
+def loss_and_gradients(config, seed=None):
+    """Returns (mean loss, its gradient); dropout only with a seed."""
+    loss_fn = supervised_loss(build(config))
+    key = None if seed is None else jax.random.key(seed)
+
+    def mean(params, batch):
+        total, weight, _ = loss_fn(params, batch, key)
+        return total / weight
+
+    batch = jax.tree.map(jnp.asarray, batch_for(config))
+    return jax.jit(jax.value_and_grad(mean))(random_params(config), batch)
