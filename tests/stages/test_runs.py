@@ -104,16 +104,15 @@ def test_a_finished_run_can_be_made_longer(shop, whole):
     assert_same_run(folder, whole, 6)
 
 
-def small(shop, name: str, **settings: object) -> list[dict]:
+def small(shop, name: str, *more: str, **settings: object) -> list[dict]:
     """A run of two steps without evaluation; returns its metrics."""
     folder = shop.root / name
     common = {
         "MODEL_DIR": folder, "MIXTURE": shop.text, "TRAIN_STEPS": 2, "LOG_PERIOD": 1,
-        "pretrain__Config__num_samples": 0, "pretrain__Config__eval_split": None,
+        "pretrain__Config__num_samples": 0, "pretrain__Config__eval_split": "None",
         "pretrain__Config__tensorboard": False,
     }  # fmt: skip
-    common = {name: "None" if value is None else value for name, value in common.items()}
-    assert shop.run("pretrain", **common | settings) == 0
+    assert shop.run("pretrain", *more, **common | settings) == 0
     return rows(folder / "metrics.jsonl")
 
 
@@ -148,11 +147,9 @@ def test_one_stack_learns_unilms_mixture(shop, pretrained, capsys):
 
 def test_ul2s_denoisers_train(shop):
     recipe = objective(shop, "ul2", "include 'gin/data/ul2.gin'")
-    folder = shop.root / "ul2"
-    settings = {"MODEL_DIR": folder, "MIXTURE": shop.text, "TRAIN_STEPS": 2, "LOG_PERIOD": 1,
-                "pretrain__Config__num_samples": 0}  # fmt: skip
-    assert shop.run("pretrain", recipe, **settings) == 0
-    assert all(0 < row["loss"] < np.log(768) + 1 for row in rows(folder / "metrics.jsonl"))
+    report = small(shop, "ul2", recipe)
+    assert [row["step"] for row in report] == [1, 2]
+    assert all(0 < row["loss"] < np.log(768) + 1 for row in report)
 
 
 def test_a_growing_batch_learns_what_small_batches_do(shop):
