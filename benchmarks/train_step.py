@@ -350,7 +350,7 @@ def make_ours(
     """
     from chatyuan.stages import _host
 
-    _host.keep_freed_memory()  # as run.py does, before jax starts its threads
+    _host.keep_freed_memory()  # as run.py does, before jax is imported
     import jax
     import jax.numpy as jnp
 

@@ -79,7 +79,7 @@ def _backward(residuals: tuple, d_out: Array) -> tuple:
     d_out = d_out.astype(value.dtype)
     d_weights = _product(_rows(d_out), value.swapaxes(2, 3)).reshape(weights.shape)
     d_scores = weights.astype(jnp.float32) * (d_weights - delta)
-    d_bias = None if bias_NTS is None else jnp.sum(d_scores, axis=0).reshape(bias_NTS.shape)
+    d_bias = None if bias_NTS is None else _sum_rows(d_scores).reshape(bias_NTS.shape)
     d_scores = _rows(d_scores.astype(query.dtype))
     d_query = _product(d_scores, key).reshape(query.shape).astype(query.dtype)
     # The narrow operand is the one to transpose, before and after.
@@ -89,6 +89,16 @@ def _backward(residuals: tuple, d_out: Array) -> tuple:
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _sum_rows(x: Array) -> Array:
+    """Returns the sum over axis 0, by halves: XLA reduces it slowly on CPU."""
+    while x.shape[0] > 1:
+        half = x.shape[0] // 2
+        rest = x[2 * half :]
+        x = x[:half] + x[half : 2 * half]
+        x = jnp.concatenate([x, rest]) if rest.shape[0] else x
+    return x[0]
 
 
 def _rows(x_BKGTX: Array) -> Array:

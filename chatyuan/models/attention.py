@@ -5,7 +5,8 @@ from flax import nnx
 
 from chatyuan.kernels import AttentionMask, Bias, dot_product_attention
 from chatyuan.models.config import ModelConfig
-from chatyuan.models.layers import Linear, RMSNorm, normal
+from chatyuan.models.initializers import normal
+from chatyuan.models.layers import Linear, RMSNorm
 from chatyuan.ops.positions import rope
 
 Array = jax.Array
@@ -14,23 +15,22 @@ Array = jax.Array
 class Attention(nnx.Module):
     """Self- or cross-attention. Heads are joined in the matrices ([D, N*H]): plain matmuls."""
 
-    def __init__(self, key: Array, config: ModelConfig, *, cross: bool) -> None:
+    def __init__(self, config: ModelConfig, *, cross: bool) -> None:
         """Creates the four matrices; `cross` leaves out rotary positions."""
         self.config = config
         self.rotary = config.position == "rope" and not cross
         embed, joined = config.embed_dim, config.num_heads * config.head_dim
         joined_kv = config.kv_heads * config.head_dim
-        keys = jax.random.split(key, 6)
         # T5 leaves scores unscaled and starts the queries smaller instead: one rule for any scale.
         query_init = normal((embed * config.head_dim) ** -0.5 / config.score_scale)
-        self.query = Linear(keys[0], (embed, joined), ("embed", "heads"), query_init)
+        self.query = Linear((embed, joined), ("embed", "heads"), query_init)
         kv_shape, kv_axes, kv_init = (embed, joined_kv), ("embed", "kv_heads"), normal(embed**-0.5)
-        self.key = Linear(keys[1], kv_shape, kv_axes, kv_init)
-        self.value = Linear(keys[2], kv_shape, kv_axes, kv_init)
-        self.out = Linear(keys[3], (joined, embed), ("heads", "embed"), normal(joined**-0.5))
+        self.key = Linear(kv_shape, kv_axes, kv_init)
+        self.value = Linear(kv_shape, kv_axes, kv_init)
+        self.out = Linear((joined, embed), ("heads", "embed"), normal(joined**-0.5))
         if config.qk_norm:
-            self.query_norm = RMSNorm(keys[4], config.head_dim, config.norm_epsilon, axis="kv")
-            self.key_norm = RMSNorm(keys[5], config.head_dim, config.norm_epsilon, axis="kv")
+            self.query_norm = RMSNorm(config.head_dim, config.norm_epsilon, axis="kv")
+            self.key_norm = RMSNorm(config.head_dim, config.norm_epsilon, axis="kv")
 
     def queries(self, x_BTD: Array, positions_BT: Array) -> Array:
         """Returns the queries [B, T, N, H]."""

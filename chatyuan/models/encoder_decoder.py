@@ -17,13 +17,10 @@ Array = jax.Array
 class EncoderDecoder(LanguageModel):
     """T5 1.0, T5 1.1, mT5, umT5 and ChatYuan."""
 
-    def __init__(self, key: Array, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         """Creates what `LanguageModel` has, and the encoder."""
-        base_key, encoder_key = jax.random.split(key)
-        super().__init__(base_key, config)
-        self.encoder = Stack(
-            encoder_key, config, config.num_encoder_layers, cross=False, bidirectional=True
-        )
+        super().__init__(config)
+        self.encoder = Stack(config, config.num_encoder_layers, cross=False, bidirectional=True)
 
     def encode(
         self,

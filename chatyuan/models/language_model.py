@@ -10,7 +10,8 @@ from chatyuan.kernels import AttentionMask
 from chatyuan.models.attention import Attention
 from chatyuan.models.cache import DecodeCache
 from chatyuan.models.config import ModelConfig
-from chatyuan.models.layers import Embedder, Linear, truncated_normal
+from chatyuan.models.initializers import truncated_normal
+from chatyuan.models.layers import Embedder, Linear
 from chatyuan.models.stack import Block, Stack
 from chatyuan.ops.matmul import linear
 
@@ -21,25 +22,20 @@ Batch = dict[str, Array]
 class LanguageModel(nnx.Module):
     """A token table, a decoder and a head."""
 
-    def __init__(self, key: Array, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         """Creates `token_embedder`, `decoder` and, unless tied, `logits_dense`."""
-        embed_key, decoder_key, head_key = jax.random.split(key, 3)
         cross = config.architecture == "encoder_decoder"
         self.config = config
-        self.token_embedder = Embedder(embed_key, config)
+        self.token_embedder = Embedder(config)
         # A prefix-LM sees both sides inside its prefix; a causal decoder only the past.
         bidirectional = not cross and not config.causal_only
         self.decoder = Stack(
-            decoder_key,
-            config,
-            config.num_decoder_layers,
-            cross=cross,
-            bidirectional=bidirectional,
+            config, config.num_decoder_layers, cross=cross, bidirectional=bidirectional
         )
         if not config.tie_embeddings:
             shape = (config.embed_dim, config.vocab_size)
-            init = truncated_normal(config.embed_dim**-0.5)
-            self.logits_dense = Linear(head_key, shape, ("embed", "vocab"), init)
+            initializer = truncated_normal(config.embed_dim**-0.5)
+            self.logits_dense = Linear(shape, ("embed", "vocab"), initializer)
 
     def head_weight(self) -> Array:
         """Returns the matrix [D, V], float32, for which logits = hidden @ head_weight."""

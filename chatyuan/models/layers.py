@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from chatyuan.models.config import ModelConfig
+from chatyuan.models.initializers import Initializer, normal, ones, truncated_normal
 from chatyuan.ops.matmul import linear
 
 Array = jax.Array
-Initializer = Callable[[Array, tuple[int, ...]], Array]
 
 # Shardings come from the rules table, never from a mesh that happens to be active at construction.
 nnx.use_eager_sharding(False)
@@ -28,26 +28,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def normal(standard_deviation: float) -> Initializer:
-    """Returns an initialiser drawing float32 normals."""
-    return lambda key, shape: standard_deviation * jax.random.normal(key, shape, jnp.float32)
+def param(shape: tuple[int, ...], axes: tuple[str, ...], initializer: Initializer) -> nnx.Param:
+    """Returns an abstract float32 parameter that knows its axes' logical names and its start.
 
-
-def truncated_normal(standard_deviation: float) -> Initializer:
-    """Returns an initialiser drawing float32 normals cut at twice their deviation, rescaled."""
-    # 0.8796 is the deviation of a unit normal cut at +-2.
-    scale = standard_deviation / 0.87962566103423978
-    return lambda key, shape: (
-        scale * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
-    )
-
-
-def param(
-    key: Array, shape: tuple[int, ...], axes: tuple[str, ...], init: Initializer
-) -> nnx.Param:
-    """Returns a float32 parameter that knows the logical name of each axis."""
+    `Model` makes the values; `Model.bind` puts them in.
+    """
     assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(init(key, shape), out_sharding=axes)
+    abstract = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return nnx.Param(abstract, out_sharding=axes, initializer=initializer)
 
 
 def dropout(x: Array, rate: float, key: Array | None, site: int) -> Array:
@@ -75,14 +63,10 @@ class Linear(nnx.Module):
     """A weight matrix: the only module in which activations meet weights."""
 
     def __init__(
-        self,
-        key: Array,
-        shape: tuple[int, ...],
-        axes: tuple[str, ...],
-        init: Initializer,
+        self, shape: tuple[int, ...], axes: tuple[str, ...], initializer: Initializer
     ) -> None:
         """Creates the matrix `kernel`, [in, out]."""
-        self.kernel = param(key, shape, axes, init)
+        self.kernel = param(shape, axes, initializer)
 
     def __call__(self, x: Array) -> Array:
         """Returns the product in the dtype of `x`."""
@@ -92,10 +76,10 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, statistics in float32 (Zhang & Sennrich 2019)."""
 
-    def __init__(self, key: Array, features: int, epsilon: float, axis: str = "embed") -> None:
+    def __init__(self, features: int, epsilon: float, axis: str = "embed") -> None:
         """Creates the scale, ones."""
         self.epsilon = epsilon
-        self.scale = param(key, (features,), (axis,), lambda _, shape: jnp.ones(shape, jnp.float32))
+        self.scale = param((features,), (axis,), ones())
 
     def __call__(self, x: Array) -> Array:
         """Returns the normalised array in the dtype of `x`."""
@@ -109,11 +93,11 @@ class RMSNorm(nnx.Module):
 class Embedder(nnx.Module):
     """The token table; the only owner of a tied head's matrix too."""
 
-    def __init__(self, key: Array, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         """Creates the table, unit normals as in T5."""
         self.dtype = config.dtype
         shape = (config.vocab_size, config.embed_dim)
-        self.embedding = param(key, shape, ("vocab", "embed"), normal(1.0))
+        self.embedding = param(shape, ("vocab", "embed"), normal(1.0))
 
     def __call__(self, tokens_BT: Array) -> Array:
         """Returns the rows of the tokens, [B, T, D] in the compute dtype."""
@@ -125,18 +109,15 @@ class Embedder(nnx.Module):
 class Mlp(nnx.Module):
     """wo(product of activation_i(wi_i(x))): plain with one activation, gated with two."""
 
-    def __init__(self, key: Array, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         """Creates `wi` (or `wi_0`, `wi_1`, ...) and `wo`."""
-        count = len(config.mlp_activations)
         self.activations = config.mlp_activations
         self.dropout_rate = config.dropout_rate
-        keys = jax.random.split(key, count + 1)
         embed, mlp = config.embed_dim, config.mlp_dim
-        for i, name in enumerate(self.input_names):
-            init = truncated_normal(embed**-0.5)
-            setattr(self, name, Linear(keys[i], (embed, mlp), ("embed", "mlp"), init))
-        init = truncated_normal(mlp**-0.5)
-        self.wo = Linear(keys[count], (mlp, embed), ("mlp", "embed"), init)
+        for name in self.input_names:
+            initializer = truncated_normal(embed**-0.5)
+            setattr(self, name, Linear((embed, mlp), ("embed", "mlp"), initializer))
+        self.wo = Linear((mlp, embed), ("mlp", "embed"), truncated_normal(mlp**-0.5))
 
     @property
     def input_names(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from flax import nnx
 
 from chatyuan.models.config import ModelConfig
 from chatyuan.models.encoder_decoder import EncoderDecoder
+from chatyuan.models.initializers import Initializer
 from chatyuan.models.language_model import LanguageModel
 from chatyuan.models.prefix_lm import PrefixLM
 
@@ -29,20 +30,30 @@ class Model:
 
     config: ModelConfig
 
-    def init(self, key: Array) -> Params:
-        """Returns random parameters, T5X's initialisation."""
-        module = _CLASSES[self.config.architecture](key, self.config)
-        return nnx.to_pure_dict(nnx.split(module)[1])
+    def init(self, key: Array, shardings: Params | None = None) -> Params:
+        """Returns random parameters, T5X's initialisation, one by one on their devices.
+
+        Args:
+            key: PRNG key.
+            shardings: tree of parameters with the `Sharding` of each, which changes no value.
+        """
+        skeleton = _skeleton(self.config)
+        places = [None] * len(skeleton.names) if shardings is None else jax.tree.leaves(shardings)
+        leaves, structure = jax.tree.flatten(skeleton.params)
+        entries = zip(skeleton.initializers, skeleton.names, leaves, places, strict=True)
+        return structure.unflatten(
+            initializer.draw(key, name, leaf.shape, place)
+            for initializer, name, leaf, place in entries
+        )
 
     def abstract_params(self) -> Params:
         """Returns the parameters as `jax.ShapeDtypeStruct`s."""
-        return jax.tree.map(lambda leaf: leaf, _skeleton(self.config)[1])
+        return jax.tree.map(lambda leaf: leaf, _skeleton(self.config).params)
 
     def logical_axes(self) -> Params:
         """Returns the tree of parameters with, at each leaf, the tuple of its axis names."""
-        return jax.tree.map(
-            lambda axes: axes, _skeleton(self.config)[2], is_leaf=lambda x: isinstance(x, tuple)
-        )
+        skeleton = _skeleton(self.config)
+        return jax.tree.structure(skeleton.params).unflatten(skeleton.axes)
 
     @property
     def num_params(self) -> int:
@@ -51,7 +62,7 @@ class Model:
 
     def bind(self, params: Params) -> LanguageModel:
         """Returns the module with these parameters (arrays or tracers)."""
-        return nnx.merge(_skeleton(self.config)[0], params)
+        return nnx.merge(_skeleton(self.config).graph, params)
 
 
 def build(config: ModelConfig) -> Model:
@@ -59,27 +70,26 @@ def build(config: ModelConfig) -> Model:
     return Model(config)
 
 
+class _Skeleton(NamedTuple):
+    """A model without values; the lists are in the order of the leaves of `params`."""
+
+    graph: Any
+    params: Params  # of ShapeDtypeStructs
+    names: list[str]
+    axes: list[tuple[str, ...]]
+    initializers: list[Initializer]
+
+
 @functools.lru_cache(maxsize=64)
-def _skeleton(config: ModelConfig) -> tuple[Any, Params, Params]:
-    """Returns (graph definition, abstract parameters, logical axes) by abstract evaluation."""
-    found = {}
-
-    def construct(key: Array) -> Params:
-        graph, state = nnx.split(_CLASSES[config.architecture](key, config))
-        found["graph"] = graph
-        found["axes"] = jax.tree.map(
-            lambda v: v.get_metadata("out_sharding"),
-            state,
-            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-        )
-        return nnx.to_pure_dict(state)
-
-    abstract = jax.eval_shape(construct, jax.random.key(0))
-    return found["graph"], abstract, _plain(found["axes"])
-
-
-def _plain(state: Any) -> Any:
-    """Returns nested mappings as plain dicts."""
-    if isinstance(state, tuple):
-        return state
-    return {name: _plain(value) for name, value in state.items()}
+def _skeleton(config: ModelConfig) -> _Skeleton:
+    graph, state = nnx.split(_CLASSES[config.architecture](config))
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    variables = nnx.to_pure_dict(state, lambda variable: variable)
+    flat, structure = jax.tree_util.tree_flatten_with_path(variables, is_leaf=is_variable)
+    return _Skeleton(
+        graph,
+        structure.unflatten(variable.get_value() for _, variable in flat),
+        ["/".join(key.key for key in path) for path, _ in flat],
+        [variable.get_metadata("out_sharding") for _, variable in flat],
+        [variable.get_metadata("initializer") for _, variable in flat],
+    )

@@ -1,6 +1,7 @@
 """One transformer block, and the one place where blocks are stacked, scanned and rematerialised."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from flax import nnx
 from chatyuan.kernels import AlibiBias, AttentionMask, Bias, RelativePositionBias, prepare
 from chatyuan.models.attention import Attention
 from chatyuan.models.config import ModelConfig
+from chatyuan.models.initializers import uniform
 from chatyuan.models.layers import Mlp, RMSNorm, dropout, param
 from chatyuan.ops.positions import alibi_slopes
 
@@ -25,15 +27,12 @@ _POLICIES = {
 class RelativeBiasTable(nnx.Module):
     """T5's learned bias per (head, bucket)."""
 
-    def __init__(self, key: Array, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         """Creates the table, uniform with variance 1 / mean(heads, buckets) as in T5X."""
         shape = (config.num_heads, config.relative_attention_num_buckets)
         limit = (3.0 / (sum(shape) / 2)) ** 0.5
         self.rel_embedding = param(
-            key,
-            shape,
-            ("heads", "relpos_buckets"),
-            lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -limit, limit),
+            shape, ("heads", "relpos_buckets"), uniform(limit)
         )
 
 
@@ -61,23 +60,20 @@ class LayerInputs:
 class Block(nnx.Module):
     """Pre-norm self-attention, optional cross-attention, feed-forward; each added to the stream."""
 
-    def __init__(
-        self, key: Array, config: ModelConfig, *, cross: bool, bidirectional: bool
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, cross: bool, bidirectional: bool) -> None:
         """Creates the modules under T5X's decoder names, encoder blocks too."""
         self.config = config
         self.bidirectional = bidirectional
-        keys = jax.random.split(key, 7)
         features, epsilon = config.embed_dim, config.norm_epsilon
-        self.pre_self_attention_layer_norm = RMSNorm(keys[0], features, epsilon)
-        self.self_attention = Attention(keys[1], config, cross=False)
+        self.pre_self_attention_layer_norm = RMSNorm(features, epsilon)
+        self.self_attention = Attention(config, cross=False)
         if config.position == "relative_bias_per_layer":
-            self.relpos_bias = RelativeBiasTable(keys[2], config)
+            self.relpos_bias = RelativeBiasTable(config)
         if cross:
-            self.pre_cross_attention_layer_norm = RMSNorm(keys[3], features, epsilon)
-            self.encoder_decoder_attention = Attention(keys[4], config, cross=True)
-        self.pre_mlp_layer_norm = RMSNorm(keys[5], features, epsilon)
-        self.mlp = Mlp(keys[6], config)
+            self.pre_cross_attention_layer_norm = RMSNorm(features, epsilon)
+            self.encoder_decoder_attention = Attention(config, cross=True)
+        self.pre_mlp_layer_norm = RMSNorm(features, epsilon)
+        self.mlp = Mlp(config)
 
     def __call__(
         self,
@@ -135,12 +131,11 @@ class Stack(nnx.Module):
     """Blocks with parameters stacked on axis 0, the bias they share and the final norm."""
 
     def __init__(
-        self, key: Array, config: ModelConfig, num_layers: int, *, cross: bool, bidirectional: bool
+        self, config: ModelConfig, num_layers: int, *, cross: bool, bidirectional: bool
     ) -> None:
-        """Creates `layers` by one vmapped constructor, `relpos_bias` if shared, `final_norm`.
+        """Creates `layers`, `relpos_bias` if shared, `final_norm`.
 
         Args:
-            key: PRNG key.
             config: the model.
             num_layers: X.
             cross: blocks have cross-attention.
@@ -149,22 +144,13 @@ class Stack(nnx.Module):
         self.config = config
         self.num_layers = num_layers
         self.bidirectional = bidirectional
-        layer_key, bias_key, norm_key = jax.random.split(key, 3)
-        graphs = []
-
-        def parameters(key: Array) -> nnx.State:
-            block = Block(key, config, cross=cross, bidirectional=bidirectional)
-            graph, state = nnx.split(block)
-            graphs.append(graph)
-            return state
-
-        stacked = jax.vmap(parameters)(jax.random.split(layer_key, num_layers))
+        graph, state = nnx.split(Block(config, cross=cross, bidirectional=bidirectional))
         is_param = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-        stacked = jax.tree.map(_name_layer_axis, stacked, is_leaf=is_param)
-        self.layers = nnx.merge(graphs[0], stacked)
+        add_axis = functools.partial(_add_layer_axis, num_layers)
+        self.layers = nnx.merge(graph, jax.tree.map(add_axis, state, is_leaf=is_param))
         if config.position == "relative_bias":
-            self.relpos_bias = RelativeBiasTable(bias_key, config)
-        self.final_norm = RMSNorm(norm_key, config.embed_dim, config.norm_epsilon)
+            self.relpos_bias = RelativeBiasTable(config)
+        self.final_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
 
     def run(
         self,
@@ -281,7 +267,9 @@ def _slice(tree: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def _name_layer_axis(variable: nnx.Variable) -> nnx.Variable:
-    """Returns the variable with "layers" before the names of its other axes."""
-    axes = variable.get_metadata("out_sharding")
-    return variable.replace(out_sharding=("layers", *axes))
+def _add_layer_axis(num_layers: int, variable: nnx.Variable) -> nnx.Variable:
+    """Returns the abstract parameter of all layers, stacked on an axis "layers"."""
+    one = variable.get_value()
+    stacked = jax.ShapeDtypeStruct((num_layers, *one.shape), one.dtype)
+    axes = ("layers", *variable.get_metadata("out_sharding"))
+    return variable.replace(stacked, out_sharding=axes)

@@ -1,8 +1,10 @@
 """Settings of the process that make a host faster; call `configure` before jax starts its threads.
 
 1. On CPU every step allocates and frees its temporaries, hundreds of MiB. glibc returns them to the
-   kernel at once and gets them back as pages that fault and are cleared: 147,000 faults a step of a
+   kernel at once and gets them back as pages that fault and are cleared: 150,000 faults a step of a
    22.7M-parameter model, a fifth of its time. Kept, they cost nothing, and memory peaks no higher.
+   Only the main thread's arena can keep them, so programs run in the thread that calls them.
+   (One arena for all threads would do too, but the compiler's threads then wait for each other.)
 2. Compiled programs are kept on disk, so that the second start of a run compiles nothing.
 3. TensorFlow, where a cache is built, keeps its greetings to itself.
 """
@@ -14,7 +16,7 @@ import pathlib
 import sys
 
 # <malloc.h>
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
 
 
@@ -37,8 +39,9 @@ def on_cpu() -> bool:
 def keep_freed_memory() -> bool:
     """Makes glibc's allocator keep what is freed; returns False where that is not possible.
 
-    Threads that allocated before keep their own arena, so call this early. A process that computes
-    on an accelerator is better off without: it would only keep the memory of what it has loaded.
+    Call it before jax is imported, which reads its part from the environment. A process that
+    computes on an accelerator is better off without: it would only keep the memory of what it has
+    loaded.
     """
     if not sys.platform.startswith("linux") or any(
         name.startswith("MALLOC_") for name in os.environ
@@ -48,8 +51,8 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # musl has no mallopt
         return False
-    # Memory of threads' own arenas goes back to the kernel whatever the threshold, hence one arena.
-    settings = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
+    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
     return all(mallopt(option, value) for option, value in settings.items())
 
 

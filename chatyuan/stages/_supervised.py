@@ -159,12 +159,12 @@ def run(config: Config, *, title: str) -> TrainState:
 
     def fresh() -> TrainState:
         if config.init_from is None:
-            make = jax.jit(lambda key: initialise(parts.model.init(key)), out_shardings=placement)
-            return make(jax.random.key(config.seed))
-        weights = checkpoints.load_params(
-            config.init_from, abstract.params, use_ema=config.init_from_ema
-        )
-        # Donated: the weights of another run must not stay in memory beside the state.
+            weights = parts.model.init(jax.random.key(config.seed), placement.params)
+        else:
+            weights = checkpoints.load_params(
+                config.init_from, abstract.params, use_ema=config.init_from_ema
+            )
+        # Donated: the weights must not stay in memory beside the state.
         return jax.jit(initialise, out_shardings=placement, donate_argnums=0)(weights)
 
     meta = {"seed": config.seed, **_run_folder.model_meta(config.model, parts.vocabulary)}
