@@ -227,6 +227,18 @@ def shard_batch(
     }
 
 
+def abstract_batch(
+    host_batch: Mapping[str, np.ndarray], mesh: Mesh, *, rules: Rules = RULES
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and places of what `shard_batch` would return."""
+    abstract = {}
+    for name, value in host_batch.items():
+        place = batch_sharding(value.shape, mesh, name=name, rules=rules)
+        shape = (value.shape[0] * jax.process_count(), *value.shape[1:])
+        abstract[name] = jax.ShapeDtypeStruct(shape, value.dtype, sharding=place)
+    return abstract
+
+
 def batch_sharding(
     local_shape: Sequence[int], mesh: Mesh, *, name: str = "batch", rules: Rules = RULES
 ) -> NamedSharding:

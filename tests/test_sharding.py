@@ -121,6 +121,12 @@ def test_batch_becomes_global_arrays():
         assert placed[name].addressable_shards[0].data.shape == (2, problem.LENGTH // 2)
 
 
+    abstract = sharding.abstract_batch(batch, mesh)
+    for name, value in placed.items():
+        assert (abstract[name].shape, abstract[name].dtype) == (value.shape, value.dtype)
+        assert abstract[name].sharding == value.sharding
+
+
 def test_batch_that_does_not_divide_over_the_data_shards():
     with pytest.raises(UserError) as error:
         sharding.shard_batch({"tokens": np.zeros((130, 4), np.int32)}, _mesh(data=8))

@@ -8,13 +8,11 @@ process its contiguous share. So the number of hosts does not matter, and a run 
 step alone. Imports neither seqio nor TensorFlow, and jax only through grain in `iterate`.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
-import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -409,20 +407,9 @@ class Loader(_Rows):
             self.index.save()
         return batch
 
-    def warm_up(self, step: int = 0) -> threading.Thread:
-        """Plans and compiles what `batch(step)` needs in a thread, while the model compiles.
-
-        The first time on a machine that takes about 5 seconds, later a tenth of it. A mistake that
-        it runs into is raised again, where it is seen, by `batch`.
-        """
-
-        def run() -> None:
-            with contextlib.suppress(Exception):
-                self.batch(step)
-
-        thread = threading.Thread(target=run, name="loader warm-up", daemon=True)
-        thread.start()
-        return thread
+    def padding(self) -> dict[str, np.ndarray]:
+        """A batch that holds nothing: the shapes and dtypes of all, without reading any data."""
+        return self._read(0, self.config.batch_size // self.process_count, 0, None)
 
     def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[dict]:
         """`batch(start_step)`, `batch(start_step + 1)`, ... prepared ahead by Grain's threads."""

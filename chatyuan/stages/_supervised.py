@@ -124,10 +124,14 @@ def assemble(config: Config) -> Parts:
     if config.init_from is not None:
         meta = _run_folder.read_meta(config.init_from)
         _run_folder.check_vocabulary(config.init_from, meta, vocabulary)
-    if committed_steps(pathlib.Path(config.model_dir) / checkpoints.FOLDER):
+    if committed_steps(_checkpoints(config)):
         meta = checkpoints.read_meta(config.model_dir)
         _run_folder.check_vocabulary(config.model_dir, meta, vocabulary, "MODEL_DIR")
     return Parts(config, vocabulary, build(config.model), mesh, loader, evaluation)
+
+
+def _checkpoints(config: Config) -> pathlib.Path:
+    return pathlib.Path(config.model_dir) / checkpoints.FOLDER
 
 
 def _check_eval_split(config: Config) -> None:
@@ -167,6 +171,19 @@ def run(config: Config, *, title: str) -> TrainState:
         # Donated: the weights must not stay in memory beside the state.
         return jax.jit(initialise, out_shardings=placement, donate_argnums=0)(weights)
 
+    train_step = make_train_step(
+        supervised_loss(parts.model, config.loss),
+        optimizer,
+        schedule,
+        microbatches=config.microbatches,
+        seed=config.seed,
+        ema_decay=config.ema_decay,
+    )
+    ramp = bool(parts.loader.config.batch_ramp)
+    if max(committed_steps(_checkpoints(config)), default=0) < config.loop.train_steps:
+        batch = sharding.abstract_batch(parts.loader.padding(), parts.mesh)
+        train_step.compile_ahead(abstract, batch, config.microbatches if ramp else None)
+
     meta = {"seed": config.seed, **_run_folder.model_meta(config.model, parts.vocabulary)}
     with Checkpointer(config.model_dir, config.checkpoint) as checkpointer:
         state, resumed = checkpoints.restore_or_init(checkpointer, abstract, fresh)
@@ -176,19 +193,11 @@ def run(config: Config, *, title: str) -> TrainState:
         writer = Writer(
             config.model_dir, total_steps=config.loop.train_steps, tensorboard=config.tensorboard
         )
-        ramp = bool(parts.loader.config.batch_ramp)
         with writer:
             return fit(
                 config.loop,
                 state=state,
-                train_step=make_train_step(
-                    supervised_loss(parts.model, config.loss),
-                    optimizer,
-                    schedule,
-                    microbatches=config.microbatches,
-                    seed=config.seed,
-                    ema_decay=config.ema_decay,
-                ),
+                train_step=train_step,
                 batches=lambda step: placed(parts.loader.iterate(step), parts.mesh),
                 writer=writer,
                 checkpointer=checkpointer,

@@ -1,7 +1,8 @@
 """The training loop of every supervised stage: pretrain, sft, reward, dpo.
 
 1. Step n is dispatched before the metrics of step n-1 are read, so the device never waits for the
-   host and the host never runs further ahead than one step.
+   host and the host never runs further ahead than one step. (Not so the first step, whose end is
+   told at once; nor on CPU, where a program runs in the thread that calls it.)
 2. A run that is stopped and started again leaves the same parameters and the same metrics.jsonl as
    one that was not: batches are a function of the step, and the sums of the report that a
    checkpoint falls into are stored with it (as float64, which JSON holds exactly).
@@ -290,6 +291,8 @@ class _Run:
         )  # fmt: skip
         reporting = end or step % config.log_period == 0
         saving = saver is not None and (end or stop or step % saver.config.period == 0)
+        if self.first:  # tell at once how long compilation took
+            self._drain(step)
         if not (evaluating or reporting or saving):
             return state
         self._drain(step)

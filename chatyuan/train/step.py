@@ -7,6 +7,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -42,6 +43,7 @@ class TrainStep:
         self.microbatches = microbatches
         self._function = function
         self._jitted: dict[Mesh | None, Any] = {}
+        self._ahead: Future | None = None
         self._counts: dict[Any, jax.Array] = {}
 
     def __call__(
@@ -59,7 +61,29 @@ class TrainStep:
             `microbatches` runs the same executable. Microbatch i holds the rows from i * B / M to
             (i + 1) * B / M; the rows of the others are not looked at. None = all.
         """
-        return self._compiled(state)(state, batch, self._count(active_microbatches, state))
+        count = self._count(active_microbatches, state)
+        if self._ahead is not None:
+            return self._ahead.result()(state, batch, count)
+        return self._compiled(state)(state, batch, count)
+
+    def compile_ahead(
+        self, state: Tree, batch: Tree, active_microbatches: int | None = None
+    ) -> None:
+        """Starts compiling in a thread; the first call waits for it.
+
+        Meanwhile weights, checkpoints and libraries can be read. All calls must then be like the
+        one announced here.
+
+        Args:
+          state: abstract, each leaf with its sharding.
+          batch: likewise.
+          active_microbatches: any count if calls will give one, None if they will not.
+        """
+        thread = ThreadPoolExecutor(1, "compile")
+        self._ahead = thread.submit(
+            lambda: self.lower(state, batch, active_microbatches).compile()
+        )
+        thread.shutdown(wait=False)
 
     def lower(
         self, state: Tree, batch: Tree, active_microbatches: int | None = None

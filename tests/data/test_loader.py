@@ -135,11 +135,19 @@ def test_a_batch_needs_nothing_but_its_step():
     assert same(make().batch(57), run[57])
     assert not same(run[0], run[1])
     assert not same(make(seed=2).batch(0), run[0])
-    warm = make()
-    warm.warm_up(57).join()
-    assert warm.index._blocks and same(warm.batch(57), run[57])
     ahead = make(threads=3, prefetch=5).iterate(start_step=20, stop_step=40)
     assert all(same(a, b) for a, b in itertools.zip_longest(ahead, run[20:40]))
+
+
+def test_padding_has_the_shapes_of_a_batch_and_reads_nothing():
+    loader = make()
+    padding = loader.padding()
+    assert not loader.index._blocks
+    batch = loader.batch(0)
+    assert padding.keys() == batch.keys()
+    for name, value in batch.items():
+        assert (padding[name].shape, padding[name].dtype) == (value.shape, value.dtype), name
+    assert not padding["decoder_loss_weights"].any() and not padding["decoder_segment_ids"].any()
 
 
 def test_epochs_differ_in_order_and_noise():

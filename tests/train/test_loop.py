@@ -202,7 +202,7 @@ def test_the_step_is_dispatched_before_the_metrics_of_the_last_are_read(tmp_path
     run(tmp_path, steps=6, train_step=spying, config={"log_period": 6})
     order = [event for i, event in enumerate(events) if i == 0 or event != events[i - 1]]
     assert order[:5] == [
-        ("dispatch", 1), ("dispatch", 2), ("read", 1), ("dispatch", 3), ("read", 2),
+        ("dispatch", 1), ("read", 1), ("dispatch", 2), ("dispatch", 3), ("read", 2),
     ]  # fmt: skip
     assert order[-2:] == [("read", 5), ("read", 6)]
 

@@ -11,6 +11,7 @@ import train_problem as problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chatyuan import sharding
 from chatyuan.errors import UserError
 from chatyuan.train import step as step_module
 from chatyuan.train.schedules import ScheduleConfig, make_schedule
@@ -306,6 +307,29 @@ def test_runs_under_a_transfer_guard(parts):
         for active in (1, 2, 3, 4):
             state, _ = step(state, batch, active)
     assert int(state.step) == 5
+
+
+@pytest.mark.parametrize("active", [None, 2])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_compiled_ahead_is_the_same_step(parts, devices, active):
+    schedule, optimizer = parts
+    mesh = sharding.make_mesh({"data": devices}, jax.devices()[:devices])
+    state = _fresh(optimizer)
+    placement = sharding.state_shardings(state, problem.AXES, mesh)
+    host_batch = problem.make_batch(16)
+    ahead, plain = (
+        make_train_step(problem.make_loss(), optimizer, schedule, microbatches=2) for _ in "ab"
+    )
+    abstract = sharding.with_shardings(jax.eval_shape(lambda: state), placement)
+    ahead.compile_ahead(abstract, sharding.abstract_batch(host_batch, mesh), active)
+    batch = sharding.shard_batch(host_batch, mesh)
+    results = []
+    for step in (ahead, plain):
+        new, metrics = step(jax.device_put(_copy(state), placement), batch, active)
+        new, metrics = step(new, batch, active and 1)
+        results.append((new, metrics))
+    _assert_equal(*results)
+    assert not ahead._jitted[mesh if devices > 1 else None]._cache_size()
 
 
 def test_state_buffers_are_donated(plain_step, parts):
