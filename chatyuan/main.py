@@ -102,6 +102,7 @@ def _run(argv: list[str]) -> int:
         search_paths=command.search_paths,
     )
     module = configs.stage_module(command.stage)
+    _host.configure_jax()
     if "dry_run" not in command.switches:
         module.run(config)
         return 0
