@@ -350,11 +350,11 @@ def make_ours(
     """
     from chatyuan.stages import _host
 
-    _host.keep_freed_memory()  # as run.py does
+    _host.configure()  # as run.py does
     import jax
     import jax.numpy as jnp
 
-    _host.configure_jax()
+    _host.imported()
 
     from chatyuan.models import ModelConfig, build
     from chatyuan.models.loss import LossConfig, supervised_loss

@@ -102,7 +102,7 @@ def _run(argv: list[str]) -> int:
         search_paths=command.search_paths,
     )
     module = configs.stage_module(command.stage)
-    _host.configure_jax()
+    _host.imported()
     if "dry_run" not in command.switches:
         module.run(config)
         return 0

@@ -8,11 +8,13 @@ process its contiguous share. So the number of hosts does not matter, and a run 
 step alone. Imports neither seqio nor TensorFlow, and jax only through grain in `iterate`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -406,6 +408,21 @@ class Loader(_Rows):
         if self.index.unsaved >= _SAVE_EVERY:
             self.index.save()
         return batch
+
+    def warm_up(self, step: int = 0) -> threading.Thread:
+        """Plans and imports in a thread what `iterate(step)` needs, while weights are made.
+
+        A mistake that it runs into is raised again, where it is seen, by `iterate`.
+        """
+
+        def run() -> None:
+            with contextlib.suppress(Exception):
+                self.batch(step)
+                import grain  # noqa: F401
+
+        thread = threading.Thread(target=run, name="loader warm-up", daemon=True)
+        thread.start()
+        return thread
 
     def padding(self) -> dict[str, np.ndarray]:
         """A batch that holds nothing: the shapes and dtypes of all, without reading any data."""

@@ -79,4 +79,4 @@ def _program(
             values = jnp.ones(shape, jnp.float32)
         return scale * values
 
-    return jax.jit(draw, **({} if sharding is None else {"out_shardings": sharding}))
+    return jax.jit(draw, out_shardings=sharding)

@@ -187,6 +187,8 @@ class Stack(nnx.Module):
         if self.config.scan_layers and not unroll:
             indices = jnp.arange(self.num_layers, dtype=jnp.int32)
             return jax.lax.scan(layer, carry, (stacked, indices, xs))
+        # Traced, differentiated and lowered once for all layers; the compiler inlines the calls.
+        layer = jax.jit(layer)
         ys = []
         for i in range(self.num_layers):
             params = layer_params[i] if layer_params else _slice(stacked, i)

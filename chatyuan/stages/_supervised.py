@@ -180,7 +180,9 @@ def run(config: Config, *, title: str) -> TrainState:
         ema_decay=config.ema_decay,
     )
     ramp = bool(parts.loader.config.batch_ramp)
-    if max(committed_steps(_checkpoints(config)), default=0) < config.loop.train_steps:
+    newest = max(committed_steps(_checkpoints(config)), default=0)
+    if newest < config.loop.train_steps:
+        parts.loader.warm_up(newest)
         batch = sharding.abstract_batch(parts.loader.padding(), parts.mesh)
         train_step.compile_ahead(abstract, batch, config.microbatches if ramp else None)
 

@@ -470,7 +470,6 @@ def _no_transfers() -> contextlib.AbstractContextManager:
 def _no_garbage_collection() -> Iterator[None]:
     """Collects at reports and evaluations only: a collection takes 0.1 s with a compiler loaded."""
     was_enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -69,7 +69,7 @@ class TrainStep:
     def compile_ahead(
         self, state: Tree, batch: Tree, active_microbatches: int | None = None
     ) -> None:
-        """Starts compiling in a thread; the first call waits for it.
+        """Traces the step and starts compiling it in a thread; the first call waits for it.
 
         Meanwhile weights, checkpoints and libraries can be read. All calls must then be like the
         one announced here.
@@ -80,9 +80,7 @@ class TrainStep:
           active_microbatches: any count if calls will give one, None if they will not.
         """
         thread = ThreadPoolExecutor(1, "compile")
-        self._ahead = thread.submit(
-            lambda: self.lower(state, batch, active_microbatches).compile()
-        )
+        self._ahead = thread.submit(self.lower(state, batch, active_microbatches).compile)
         thread.shutdown(wait=False)
 
     def lower(

@@ -135,6 +135,9 @@ def test_a_batch_needs_nothing_but_its_step():
     assert same(make().batch(57), run[57])
     assert not same(run[0], run[1])
     assert not same(make(seed=2).batch(0), run[0])
+    warm = make()
+    warm.warm_up(57).join()
+    assert warm.index._blocks and same(warm.batch(57), run[57])
     ahead = make(threads=3, prefetch=5).iterate(start_step=20, stop_step=40)
     assert all(same(a, b) for a, b in itertools.zip_longest(ahead, run[20:40]))
 
