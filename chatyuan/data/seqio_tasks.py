@@ -20,9 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from chatyuan.data.quiet import without_greetings
+
 try:
-    import seqio
-    import tensorflow as tf
+    with without_greetings():
+        import seqio
+        import tensorflow as tf
 except ImportError as _error:  # pragma: no cover - depends on the installation
     from chatyuan.errors import UserError as _UserError
 
