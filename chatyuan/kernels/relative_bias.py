@@ -55,7 +55,7 @@ class RelativePositionBias:
 
     def dense(self, q_len: int, kv_len: int) -> Array:
         """Returns the bias, float32 [N, T, S]."""
-        return _toeplitz(self.by_distance(q_len, kv_len), q_len, kv_len)
+        return toeplitz(self.by_distance(q_len, kv_len), q_len, kv_len)
 
     def by_distance(self, q_len: int, kv_len: int) -> Array:
         """Returns [N, T + S - 1]: the bias of `key - query` rising from `-(T - 1)`."""
@@ -89,10 +89,13 @@ class AlibiBias:
 
     def dense(self, q_len: int, kv_len: int) -> Array:
         """Returns the bias, float32 [N, T, S]."""
-        query = jnp.arange(q_len, dtype=jnp.int32) + jnp.asarray(self.query_offset, jnp.int32)
-        key = jnp.arange(kv_len, dtype=jnp.int32)
-        distance = jnp.abs(key[None, :] - query[:, None]).astype(jnp.float32)
-        return -jax.lax.stop_gradient(self.slopes)[:, None, None] * distance[None]
+        return toeplitz(self.by_distance(q_len, kv_len), q_len, kv_len)
+
+    def by_distance(self, q_len: int, kv_len: int) -> Array:
+        """Returns [N, T + S - 1]: the bias of `key - query` rising from `-(T - 1)`."""
+        rising = jnp.arange(q_len + kv_len - 1, dtype=jnp.int32) - (q_len - 1)
+        distance = jnp.abs(rising - jnp.asarray(self.query_offset, jnp.int32)).astype(jnp.float32)
+        return -jax.lax.stop_gradient(self.slopes)[:, None] * distance[None]
 
 
 @jax.tree_util.register_dataclass
@@ -126,7 +129,7 @@ def _window(values_NL: Array, query_offset: Array | int, q_len: int, kv_len: int
     return jax.lax.dynamic_slice_in_dim(values_NL, first, q_len + kv_len - 1, axis=1)
 
 
-def _toeplitz(values_NL: Array, q_len: int, kv_len: int) -> Array:
+def toeplitz(values_NL: Array, q_len: int, kv_len: int) -> Array:
     """Returns [N, T, S] with element (t, s) = values[:, T - 1 - t + s].
 
     Rows of period L + 1 read at stride L shift by one: pads and reshapes only, so that the gradient
@@ -138,3 +141,17 @@ def _toeplitz(values_NL: Array, q_len: int, kv_len: int) -> Array:
     )
     skewed = rows.reshape(heads, q_len * (length + 1))[:, : q_len * length]
     return skewed.reshape(heads, q_len, length)[:, :, q_len - 1 :][:, :, :kv_len]
+
+
+def toeplitz_sum(squares_NTS: Array) -> Array:
+    """Returns [N, T + S - 1]: the sums along diagonals, the transpose of `toeplitz`.
+
+    The skewed rows are added by a product with ones, which XLA does at the speed of memory.
+    """
+    heads, q_len, kv_len = squares_NTS.shape
+    length = q_len + kv_len - 1
+    flat = jnp.pad(squares_NTS, ((0, 0), (0, 0), (q_len - 1, 0))).reshape(heads, -1)
+    rows = jnp.pad(flat, ((0, 0), (0, q_len))).reshape(heads, q_len, length + 1)
+    ones = jnp.ones((1, q_len), rows.dtype)
+    sums = jnp.matmul(ones[None], rows, precision=jax.lax.Precision.HIGHEST)
+    return sums[:, 0, :length]
