@@ -6,6 +6,7 @@ from chatyuan.kernels.attention import (
     prepare,
     select_implementation,
 )
+from chatyuan.kernels.blocked import BlockSizes
 from chatyuan.kernels.masks import AttentionMask
 from chatyuan.kernels.relative_bias import (
     AlibiBias,
@@ -20,6 +21,7 @@ __all__ = [
     "AlibiBias",
     "AttentionMask",
     "Bias",
+    "BlockSizes",
     "DenseBias",
     "RelativePositionBias",
     "dot_product_attention",

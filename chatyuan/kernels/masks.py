@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+# Up to this many keys segments are compared with all of them at once, beyond it in pieces.
+_WHOLE, _PIECE = 1024, 128
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +82,27 @@ class AttentionMask:
 
 
 def _matching_interval(query_BT: Array, key_BS: Array) -> tuple[Array, Array]:
-    """Returns first and last + 1 index of the keys whose non-zero id equals the query's."""
+    """Returns first and last + 1 index of the keys whose non-zero id equals the query's.
+
+    Long keys are compared piece by piece, so that no value has T * S elements.
+    """
     kv_len = key_BS.shape[1]
-    index = jnp.arange(kv_len, dtype=jnp.int32)[None, None, :]
-    same = (query_BT[:, :, None] == key_BS[:, None, :]) & (query_BT[:, :, None] != 0)
-    start = jnp.min(jnp.where(same, index, kv_len), axis=2)
-    end = jnp.max(jnp.where(same, index + 1, 0), axis=2)
-    return start, end
+
+    def compare(keys: Array, first: Array | int) -> tuple[Array, Array]:
+        index = (first + jnp.arange(keys.shape[1], dtype=jnp.int32))[None, None, :]
+        same = (query_BT[:, :, None] == keys[:, None, :]) & (query_BT[:, :, None] != 0)
+        start = jnp.min(jnp.where(same, index, kv_len), axis=2)
+        return start, jnp.max(jnp.where(same, index + 1, 0), axis=2)
+
+    if kv_len <= _WHOLE:
+        return compare(key_BS, 0)
+    pieces = -(-kv_len // _PIECE)
+    padded = jnp.pad(key_BS, ((0, 0), (0, pieces * _PIECE - kv_len)))
+
+    def widen(piece: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        keys = jax.lax.dynamic_slice_in_dim(padded, piece * _PIECE, _PIECE, axis=1)
+        start, end = compare(keys, piece * _PIECE)
+        return jnp.minimum(found[0], start), jnp.maximum(found[1], end)
+
+    nothing = (jnp.full(query_BT.shape, kv_len, jnp.int32), jnp.zeros(query_BT.shape, jnp.int32))
+    return jax.lax.fori_loop(0, pieces, widen, nothing)
