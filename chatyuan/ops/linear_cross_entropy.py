@@ -288,7 +288,7 @@ def _statistics(
 
     def step(i: Array, found: _Statistics) -> _Statistics:
         start, (x_CD, targets_C), _ = _chunk(i, chunk, x_ND, targets_N)
-        logits_CV, _ = _logits(how, x_CD, w_DV, scale_V)
+        logits_CV = _logits(how, x_CD, w_DV, scale_V)
         return _write(found, _row_statistics(how, terms, logits_CV, targets_C), start)
 
     return jax.lax.fori_loop(0, steps, step, _empty_statistics(len(x_ND)))
@@ -324,13 +324,11 @@ def _gradients(
         start, (x_CD, targets_C, per_token_C), new_C = _chunk(
             i, chunk, x_ND, targets_N, per_token_N
         )
-        logits_CV, slope_CV = _logits(how, x_CD, w_DV, scale_V)
+        logits_CV = _logits(how, x_CD, w_DV, scale_V)
         statistics = _row_statistics(how, terms, logits_CV, targets_C)
         dz_CV = _logit_gradient(
             how, terms, logits_CV, targets_C, statistics, coefficients(statistics, per_token_C)
         )
-        if slope_CV is not None:
-            dz_CV = dz_CV * slope_CV
         if scale_V is not None:
             dz_CV = dz_CV * scale_V[None]
         dz_CV = dz_CV.astype(x_CD.dtype)
@@ -452,17 +450,14 @@ def _through_norm(head: Array, scale_V: Array, dw_DV: Array) -> Array:
     return dw_DV - h_DV * along_V[None]
 
 
-def _logits(
-    how: _Head, x_CD: Array, w_DV: Array, scale_V: Array | None
-) -> tuple[Array, Array | None]:
-    """The float32 logits of a chunk, and the slope of the soft cap where there is one."""
+def _logits(how: _Head, x_CD: Array, w_DV: Array, scale_V: Array | None) -> Array:
+    """The float32 logits of a chunk, capped."""
     logits_CV = jnp.matmul(x_CD, w_DV, preferred_element_type=jnp.float32)
     if scale_V is not None:
         logits_CV = logits_CV * scale_V[None]
     if how.soft_cap is None:
-        return logits_CV, None
-    tanh_CV = jnp.tanh(logits_CV / how.soft_cap)
-    return how.soft_cap * tanh_CV, 1.0 - jnp.square(tanh_CV)
+        return logits_CV
+    return how.soft_cap * jnp.tanh(logits_CV / how.soft_cap)
 
 
 def _row_statistics(
@@ -499,7 +494,7 @@ def _logit_gradient(
     statistics: _Statistics,
     cotangents: _Statistics,
 ) -> Array:
-    """The gradient by the (capped) logits, one elementwise pass; float32 [C, V]."""
+    """The gradient by the logits before the cap, one elementwise pass; float32 [C, V]."""
     g_log_z, g_max, g_target, g_sum = (g[:, None] for g in cotangents)
     gradient_CV = g_log_z * jnp.exp(logits_CV - statistics.log_z[:, None])
     local_C = _local_targets(how, logits_CV.shape[1], targets_C)
@@ -510,6 +505,8 @@ def _logit_gradient(
     if terms is not None and terms.max_z_loss:
         # Equal maxima each get the whole gradient, as in `losses`.
         gradient_CV += jnp.where(logits_CV == statistics.max_logit[:, None], g_max, 0.0)
+    if how.soft_cap is not None:  # the slope of the cap, from what it has made
+        gradient_CV *= 1.0 - jnp.square(logits_CV / how.soft_cap)
     return gradient_CV
 
 
