@@ -22,7 +22,7 @@ _MATERIALISING = ("reference", "dense")
 # Scores of a head, T * S, up to which dense attention is chosen, per platform; None: any other.
 # On CPU it is where `benchmarks/attention.py` has `xla` ahead with causal masks and level without;
 # elsewhere it is not measured yet and bounds the memory.
-_DENSE_UP_TO = {"cpu": 512 * 512, None: 1024 * 1024}
+_DENSE_UP_TO = {"cpu": 512 * 1024, None: 1024 * 1024}
 
 
 def select_implementation(
