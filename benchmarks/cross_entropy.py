@@ -12,7 +12,6 @@ the results are the loss and both gradients.
 """
 
 import argparse
-import functools
 import pathlib
 import sys
 import tempfile
@@ -74,12 +73,10 @@ def serve(options: argparse.Namespace) -> int:
     _host.imported()
     arrays = make_problem(options.tokens, options.embed, options.vocab, options.dtype)
     step = make_step(options.worker, options.chunk).lower(*arrays).compile()
-    # The naive program waits for its memory until it runs.
     common.reply(temporary=step.memory_analysis().temp_size_in_bytes, device=common.device_name())
-    call = functools.partial(lambda: jax.block_until_ready(step(*arrays)))
     for command in common.commands():
         start = time.perf_counter()
-        result = call()
+        result = jax.block_until_ready(step(*arrays))
         seconds = time.perf_counter() - start
         if command["command"] == "gradients":
             loss, gradients = jax.tree.map(lambda x: np.asarray(x, np.float32), result)

@@ -29,12 +29,13 @@ from chatyuan.sharding import RULES
 
 Array = jax.Array
 
-# Every chunk reads and writes the sum of the head's gradient once, which costs 12 bytes of traffic
-# per entry beside the 6 C operations of the products: a host needs few tokens to hide that, an
-# accelerator many.
-_CHUNK_HOST, _CHUNK_ACCELERATOR = 256, 2048
+# Every chunk reads the head twice and adds to its gradient, about 20 bytes of traffic per entry
+# beside the 6 C operations of the products. 344 tokens are 1/24 of 8192, which keeps what is
+# temporary under 1/20 of the logits; fewer are slower (256: by 2 % of the whole). The accelerator's
+# number is an estimate from bandwidth, not a measurement.
+_CHUNK_HOST, _CHUNK_ACCELERATOR = 344, 2048
 # Columns of the head's gradient that a host adds to at once: the product stays in the cache.
-_COLUMNS_HOST = 4096
+_COLUMNS_HOST = 2048
 # As `LanguageModel.head_weight`.
 _LEAST_NORM = 1e-12
 
@@ -97,11 +98,11 @@ def linear_cross_entropy(
       label_smoothing: as there.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2, arXiv:2408.00118).
       norm_head: divide each column of `head` by its length (Baichuan 2, arXiv:2309.10305).
-      chunk_tokens: tokens whose logits exist at a time, at most; None = 256 on CPU, else 2048.
+      chunk_tokens: tokens whose logits exist at a time, at most; None = 344 on CPU, else 2048.
       mesh: of `sharding.make_mesh`, where `hidden` and `head` are split as its `RULES` say: tokens
         over data, fsdp and sequence, the vocabulary over tensor. Each device then works off its
         own tokens and columns; gradients are added up once, after the last chunk. None = one
-        device. Under a mesh of several, None gives the same numbers, with more communication.
+        device; arrays that are split must come with their mesh.
     """
     how = _Head(soft_cap, norm_head, chunk_tokens, mesh)
     terms = _Terms(z_loss, max_z_loss, label_smoothing)
