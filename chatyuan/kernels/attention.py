@@ -20,8 +20,8 @@ IMPLEMENTATIONS = tuple(_FUNCTIONS)
 _MATERIALISING = ("reference", "dense")
 
 # Scores of a head, T * S, up to which dense attention is chosen, per platform; None: any other.
-# On CPU it is where `benchmarks/attention.py` has `xla` ahead with causal masks and level without;
-# elsewhere it is not measured yet and bounds the memory.
+# On CPU at 1024 x 1024 `xla` takes 0.6 of dense's time with a causal mask, 1.1 without a mask (CPU
+# time of one core), and a thirtieth of its memory. Elsewhere not measured: the bound is memory's.
 _DENSE_UP_TO = {"cpu": 512 * 1024, None: 1024 * 1024}
 
 

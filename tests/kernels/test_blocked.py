@@ -235,6 +235,19 @@ def test_no_value_has_as_many_elements_as_there_are_scores():
     assert largest["xla"] <= length**2 // 16
 
 
+def test_long_segments_compared_in_pieces_give_the_same_intervals():
+    rng = np.random.default_rng(0)
+    ids = np.sort(rng.integers(1, 6, (2, 1500)), axis=1)
+    ids = np.where(np.arange(1500) >= np.array([[1400], [1500]]), 0, ids).astype(np.int32)
+    queries = ids[:, ::7]
+    mask = AttentionMask(query_segment_ids=queries, key_segment_ids=ids)
+    start, end = (np.asarray(x) for x in mask.intervals(2, queries.shape[1], 1500))
+    key = np.arange(1500)
+    seen = (key >= start[..., None]) & (key < end[..., None])
+    same = (queries[:, :, None] == ids[:, None, :]) & (queries[:, :, None] > 0)
+    np.testing.assert_array_equal(seen, same)
+
+
 def temporary_bytes(implementation, length):
     function, arguments = long_call(implementation, length)
     memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
