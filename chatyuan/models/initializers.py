@@ -11,6 +11,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -37,6 +38,11 @@ class Initializer:
         The values depend on key, name, shape and nothing else: not on the sharding, nor on which
         other parameters there are.
         """
+        if self.distribution == "ones":  # needs no program
+            values = np.full(shape, self.scale, np.float32)
+            if sharding is None:
+                return jnp.array(values)
+            return jax.make_array_from_callback(shape, sharding, values.__getitem__)
         program = _program(self.distribution, shape, sharding)
         return program(key, jnp.uint32(zlib.crc32(name.encode())), jnp.float32(self.scale))
 
@@ -72,11 +78,9 @@ def _program(
         elif distribution == "truncated_normal":
             values = jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)
             values /= jnp.float32(_TRUNCATED_DEVIATION)
-        elif distribution == "uniform":
-            values = jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
         else:
-            assert distribution == "ones", distribution
-            values = jnp.ones(shape, jnp.float32)
+            assert distribution == "uniform", distribution
+            values = jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
         return scale * values
 
     return jax.jit(draw, out_shardings=sharding)
