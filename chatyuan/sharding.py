@@ -234,7 +234,7 @@ def abstract_batch(
     abstract = {}
     for name, value in host_batch.items():
         place = batch_sharding(value.shape, mesh, name=name, rules=rules)
-        shape = (value.shape[0] * jax.process_count(), *value.shape[1:])
+        shape = _global_shape(value.shape)
         abstract[name] = jax.ShapeDtypeStruct(shape, value.dtype, sharding=place)
     return abstract
 
@@ -247,11 +247,15 @@ def batch_sharding(
     Raises:
       UserError: see `shard_batch`.
     """
-    global_shape = (local_shape[0] * jax.process_count(), *local_shape[1:])
+    global_shape = _global_shape(local_shape)
     check_batch(global_shape[0], mesh, rules=rules)
     axes = ("batch", "length", *(None,) * len(local_shape))[: len(local_shape)]
     spec = partition_spec(axes, mesh, shape=global_shape, name=name, rules=rules)
     return NamedSharding(mesh, spec)
+
+
+def _global_shape(local_shape: Sequence[int]) -> tuple[int, ...]:
+    return (local_shape[0] * jax.process_count(), *local_shape[1:])
 
 
 def check_batch(size: int, mesh: Mesh, microbatches: int = 1, *, rules: Rules = RULES) -> None:

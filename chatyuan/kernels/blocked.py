@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chatyuan.kernels.masks import AttentionMask
+from chatyuan.kernels.products import product, rows
 from chatyuan.kernels.reference import MASKED_SCORE
 from chatyuan.kernels.relative_bias import Bias, DenseBias, toeplitz, toeplitz_sum
 
@@ -223,15 +224,15 @@ def _forward(
 
     def step(at: _At, tile: Array | None, carry: tuple) -> tuple[tuple, None]:
         out, largest, total = carry
-        scores = _product(at.query(operands.query), at.key(operands.key).swapaxes(2, 3))
+        scores = product(at.query(operands.query), at.key(operands.key).swapaxes(2, 3))
         scores = at.masked(at.split(scores), tile, operands)
         before = at.statistic(largest)
         after = jnp.maximum(before, jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - after[..., None])
         shrink = jnp.exp(before - after)
         sums = at.statistic(total) * shrink + jnp.sum(weights, axis=-1)
-        new = _product(_merge(weights).astype(value.dtype), at.key(operands.value))
-        out = at.put_query(out, at.query(out) * _merge(shrink[..., None]) + new)
+        new = product(rows(weights).astype(value.dtype), at.key(operands.value))
+        out = at.put_query(out, at.query(out) * rows(shrink[..., None]) + new)
         return (out, at.put_statistic(largest, after), at.put_statistic(total, sums)), None
 
     (out, largest, total), _ = _run(plan, operands, step, carry, turned=False)
@@ -261,20 +262,20 @@ def _backward(plan: _Plan, residuals: tuple, d_out: Array) -> tuple:
     def step(at: _At, tile: Array | None, carry: tuple) -> tuple[tuple, Array | None]:
         d_query, d_key, d_value, d_bias = carry
         queries, keys, d_outs = at.query(operands.query), at.key(operands.key), at.query(d_out)
-        scores = at.split_turned(_product(keys, queries.swapaxes(2, 3)))
+        scores = at.split_turned(product(keys, queries.swapaxes(2, 3)))
         scores = at.masked_turned(scores, tile, operands)
         weights = jnp.exp(scores - at.statistic(logsum)[:, :, None])
-        d_weights = at.split_turned(_product(at.key(operands.value), d_outs.swapaxes(2, 3)))
+        d_weights = at.split_turned(product(at.key(operands.value), d_outs.swapaxes(2, 3)))
         d_scores = weights * (d_weights - at.statistic(delta)[:, :, None])
         d_tile = None if plan.bias == "none" else at.summed(d_scores)
         if plan.bias == "dense":
             d_bias = at.add_square(d_bias, d_tile.swapaxes(1, 2))
         d_scores = _merge_turned(d_scores).astype(query.dtype)
         weights = _merge_turned(weights).astype(value.dtype)
-        narrow = _product(keys.swapaxes(2, 3), d_scores)
+        narrow = product(keys.swapaxes(2, 3), d_scores)
         d_query = at.add_query(d_query, narrow.swapaxes(2, 3))
-        d_key = at.add_key(d_key, _product(d_scores, queries))
-        d_value = at.add_key(d_value, _product(weights, d_outs))
+        d_key = at.add_key(d_key, product(d_scores, queries))
+        d_value = at.add_key(d_value, product(weights, d_outs))
         return (d_query, d_key, d_value, d_bias), d_tile
 
     (d_query, d_key, d_value, d_bias), d_values = _run(plan, operands, step, carry, turned=True)
@@ -523,11 +524,6 @@ def _zero() -> Array:
     return jnp.int32(0)
 
 
-def _merge(x: Array) -> Array:
-    """[B, K, G, bq, X] -> [B, K, G * bq, X]."""
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-
 def _merge_turned(x: Array) -> Array:
     """[B, K, bk, G, bq] -> [B, K, bk, G * bq]."""
     return x.reshape(*x.shape[:3], -1)
@@ -539,6 +535,3 @@ def _pad(x: Array, axis: int, length: int) -> Array:
     if not more:
         return x
     return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
-
-
-_product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)

@@ -5,12 +5,11 @@ Same function as the reference. Autodiff of the reference makes about twice the 
 divides the [T, H] sides instead, and every product is a plain batched matmul.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from chatyuan.kernels.masks import AttentionMask
+from chatyuan.kernels.products import product, rows
 from chatyuan.kernels.reference import MASKED_SCORE
 from chatyuan.kernels.relative_bias import Bias
 
@@ -57,7 +56,7 @@ def _forward(
     query: Array, key: Array, value: Array, bias_NTS: Array | None, start: Array, end: Array
 ) -> tuple[Array, tuple]:
     shape = (*query.shape[:4], key.shape[2])
-    scores = _product(_rows(query), key.swapaxes(2, 3)).reshape(shape)
+    scores = product(rows(query), key.swapaxes(2, 3)).reshape(shape)
     if bias_NTS is not None:
         scores = scores + bias_NTS.reshape(1, *shape[1:])
     index = jnp.arange(shape[-1], dtype=jnp.int32)[None, None, :]
@@ -68,7 +67,7 @@ def _forward(
     # A row without keys has equal weights: its factor 0 silences the output and all gradients.
     factor = jnp.where((end > start)[:, None, None, :, None], 1.0 / total, 0.0)
     weights = weights.astype(value.dtype)
-    out = _product(_rows(weights), value).reshape(query.shape) * factor
+    out = product(rows(weights), value).reshape(query.shape) * factor
     return out.astype(value.dtype), (query, key, value, bias_NTS, weights, factor, out)
 
 
@@ -77,14 +76,14 @@ def _backward(residuals: tuple, d_out: Array) -> tuple:
     d_out = d_out.astype(jnp.float32) * factor
     delta = jnp.sum(d_out * out, axis=-1, keepdims=True)
     d_out = d_out.astype(value.dtype)
-    d_weights = _product(_rows(d_out), value.swapaxes(2, 3)).reshape(weights.shape)
+    d_weights = product(rows(d_out), value.swapaxes(2, 3)).reshape(weights.shape)
     d_scores = weights.astype(jnp.float32) * (d_weights - delta)
     d_bias = None if bias_NTS is None else _sum_rows(d_scores).reshape(bias_NTS.shape)
-    d_scores = _rows(d_scores.astype(query.dtype))
-    d_query = _product(d_scores, key).reshape(query.shape).astype(query.dtype)
+    d_scores = rows(d_scores.astype(query.dtype))
+    d_query = product(d_scores, key).reshape(query.shape).astype(query.dtype)
     # The narrow operand is the one to transpose, before and after.
-    d_key = _product(_rows(query).swapaxes(2, 3), d_scores).swapaxes(2, 3).astype(key.dtype)
-    d_value = _product(_rows(d_out).swapaxes(2, 3), _rows(weights)).swapaxes(2, 3)
+    d_key = product(rows(query).swapaxes(2, 3), d_scores).swapaxes(2, 3).astype(key.dtype)
+    d_value = product(rows(d_out).swapaxes(2, 3), rows(weights)).swapaxes(2, 3)
     return d_query, d_key, d_value.astype(value.dtype), d_bias, None, None
 
 
@@ -99,11 +98,3 @@ def _sum_rows(x: Array) -> Array:
         x = x[:half] + x[half : 2 * half]
         x = jnp.concatenate([x, rest]) if rest.shape[0] else x
     return x[0]
-
-
-def _rows(x_BKGTX: Array) -> Array:
-    """Returns [B, K, G * T, X]."""
-    return x_BKGTX.reshape(*x_BKGTX.shape[:2], -1, x_BKGTX.shape[-1])
-
-
-_product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)

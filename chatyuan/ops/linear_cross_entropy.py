@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from chatyuan.ops.losses import LossSums
+from chatyuan.ops.losses import LossSums, LossTerms, RowStatistics, token_losses
 from chatyuan.sharding import RULES
 
 Array = jax.Array
@@ -47,23 +46,6 @@ class _Head(NamedTuple):
     norm_head: bool
     chunk_tokens: int | None
     mesh: Mesh | AbstractMesh | None
-
-
-class _Terms(NamedTuple):
-    """Coefficients of `losses.cross_entropy`; static."""
-
-    z_loss: float
-    max_z_loss: float
-    label_smoothing: float
-
-
-class _Statistics(NamedTuple):
-    """All that the terms of the loss need of a row of logits; float32, one number per token."""
-
-    log_z: Array
-    max_logit: Array
-    target_logit: Array  # NaN where the target is no piece of the vocabulary
-    logit_sum: Array  # 0 where no term needs it
 
 
 def linear_cross_entropy(
@@ -105,7 +87,7 @@ def linear_cross_entropy(
         device; arrays that are split must come with their mesh.
     """
     how = _Head(soft_cap, norm_head, chunk_tokens, mesh)
-    terms = _Terms(z_loss, max_z_loss, label_smoothing)
+    terms = LossTerms(z_loss, max_z_loss, label_smoothing)
     sums = _loss(how, terms, hidden, head, targets, weights)
     metrics = jax.tree.map(jax.lax.stop_gradient, sums)
     return metrics._replace(total=sums.total)
@@ -143,13 +125,13 @@ def token_log_probs(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss(
-    how: _Head, terms: _Terms, hidden: Array, head: Array, targets: Array, weights: Array
+    how: _Head, terms: LossTerms, hidden: Array, head: Array, targets: Array, weights: Array
 ) -> LossSums:
     """The primal: statistics chunk by chunk, and no gradient."""
 
     def local(hidden: Array, head: Array, targets: Array, weights: Array) -> LossSums:
         statistics = _statistics(how, terms, hidden, head, targets)
-        return _sum_up(_token_losses(terms, statistics, _vocab_size(how, head)), weights, how)
+        return _sum_up(token_losses(terms, statistics, _vocab_size(how, head)), weights, how)
 
     return _placed(local, how, ("tokens D", "D V", "tokens", "tokens"), "")(
         hidden, head, targets, weights
@@ -157,18 +139,18 @@ def _loss(
 
 
 def _loss_forward(
-    how: _Head, terms: _Terms, hidden: Array, head: Array, targets: Array, weights: Array
+    how: _Head, terms: LossTerms, hidden: Array, head: Array, targets: Array, weights: Array
 ) -> tuple[LossSums, tuple[Array, Array, Array]]:
     def local(hidden: Array, head: Array, targets: Array, weights: Array) -> tuple:
         vocab_size = _vocab_size(how, head)
 
-        def coefficients(statistics: _Statistics, weights_C: Array) -> _Statistics:
+        def coefficients(statistics: RowStatistics, weights_C: Array) -> RowStatistics:
             return _cotangents(terms, statistics, weights_C, vocab_size)
 
         statistics, d_hidden, d_head = _gradients(
             how, terms, hidden, head, targets, weights, coefficients
         )
-        losses = _token_losses(terms, statistics, vocab_size)
+        losses = token_losses(terms, statistics, vocab_size)
         per_token = losses.total.reshape(targets.shape)
         return _sum_up(losses, weights, how), (d_hidden, d_head, per_token)
 
@@ -178,7 +160,7 @@ def _loss_forward(
 
 
 def _loss_backward(
-    how: _Head, terms: _Terms, residuals: tuple[Array, Array, Array], cotangents: LossSums
+    how: _Head, terms: LossTerms, residuals: tuple[Array, Array, Array], cotangents: LossSums
 ) -> tuple[Array, Array, None, Array]:
     """Scales what the forward pass has computed."""
     d_hidden, d_head, d_weights = (_scaled(x, cotangents.total) for x in residuals)
@@ -210,9 +192,9 @@ def _log_probs_forward(
 def _log_probs_backward(
     how: _Head, residuals: tuple[Array, Array, Array], cotangent: Array
 ) -> tuple[Array, Array, None]:
-    def coefficients(statistics: _Statistics, cotangent_C: Array) -> _Statistics:
+    def coefficients(statistics: RowStatistics, cotangent_C: Array) -> RowStatistics:
         zeros = jnp.zeros_like(cotangent_C)
-        return _Statistics(-cotangent_C, zeros, cotangent_C, zeros)
+        return RowStatistics(-cotangent_C, zeros, cotangent_C, zeros)
 
     def local(hidden: Array, head: Array, targets: Array, cotangent: Array) -> tuple:
         return _gradients(how, None, hidden, head, targets, cotangent, coefficients)[1:]
@@ -228,45 +210,17 @@ _log_probs.defvjp(_log_probs_forward, _log_probs_backward)
 # -------------------------------------------------------------------------------------- the terms
 
 
-def _token_losses(terms: _Terms, statistics: _Statistics, vocab_size: int) -> LossSums:
-    """The terms of `losses.cross_entropy` per token [N] instead of summed; `weight` is 1."""
-    log_z, max_logit, target_logit, logit_sum = statistics
-    nll = log_z - target_logit
-    loss = nll
-    if terms.label_smoothing:
-        on, off = _smoothing(terms, vocab_size)
-        entropy = -(on * np.log(on) + (vocab_size - 1) * off * np.log(off + 1e-20))
-        loss = log_z - (on - off) * target_logit - off * logit_sum - float(entropy)
-    z_term = terms.z_loss * jnp.square(log_z)
-    max_z_term = terms.max_z_loss * jnp.square(max_logit)
-    return LossSums(
-        total=loss + z_term + max_z_term,
-        nll=nll,
-        z_loss=z_term,
-        max_z_loss=max_z_term,
-        correct=(target_logit >= max_logit).astype(jnp.float32),
-        weight=jnp.ones_like(log_z),
-    )
-
-
 def _cotangents(
-    terms: _Terms, statistics: _Statistics, weights_C: Array, vocab_size: int
-) -> _Statistics:
+    terms: LossTerms, statistics: RowStatistics, weights_C: Array, vocab_size: int
+) -> RowStatistics:
     """The derivatives of the weighted `total` by the statistics, [C] each."""
-    on, off = _smoothing(terms, vocab_size)
-    return _Statistics(
+    on, off = terms.smoothed(vocab_size)
+    return RowStatistics(
         log_z=weights_C * (1.0 + 2.0 * terms.z_loss * statistics.log_z),
         max_logit=weights_C * (2.0 * terms.max_z_loss * statistics.max_logit),
         target_logit=weights_C * -(on - off),
         logit_sum=weights_C * -off,
     )
-
-
-def _smoothing(terms: _Terms, vocab_size: int) -> tuple[float, float]:
-    """The probabilities that smoothing gives to the target and to each other piece."""
-    if not terms.label_smoothing:
-        return 1.0, 0.0
-    return 1.0 - terms.label_smoothing, terms.label_smoothing / (vocab_size - 1)
 
 
 def _sum_up(losses: LossSums, weights: Array, how: _Head) -> LossSums:
@@ -280,14 +234,14 @@ def _sum_up(losses: LossSums, weights: Array, how: _Head) -> LossSums:
 
 
 def _statistics(
-    how: _Head, terms: _Terms | None, hidden: Array, head: Array, targets: Array
-) -> _Statistics:
+    how: _Head, terms: LossTerms | None, hidden: Array, head: Array, targets: Array
+) -> RowStatistics:
     """The statistics of all rows, [N] each."""
     x_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     chunk, steps = _chunking(how, len(x_ND))
     w_DV, scale_V = _weight(how, head, hidden.dtype)
 
-    def step(i: Array, found: _Statistics) -> _Statistics:
+    def step(i: Array, found: RowStatistics) -> RowStatistics:
         start, (x_CD, targets_C), _ = _chunk(i, chunk, x_ND, targets_N)
         logits_CV = _logits(how, x_CD, w_DV, scale_V)
         return _write(found, _row_statistics(how, terms, logits_CV, targets_C), start)
@@ -297,13 +251,13 @@ def _statistics(
 
 def _gradients(
     how: _Head,
-    terms: _Terms | None,
+    terms: LossTerms | None,
     hidden: Array,
     head: Array,
     targets: Array,
     per_token: Array,
-    coefficients: Callable[[_Statistics, Array], _Statistics],
-) -> tuple[_Statistics, Array, Array]:
+    coefficients: Callable[[RowStatistics, Array], RowStatistics],
+) -> tuple[RowStatistics, Array, Array]:
     """Returns the statistics [N] and the gradients with respect to `hidden` and `head`.
 
     Args:
@@ -391,8 +345,8 @@ def _write(arrays: Any, parts: Any, start: Array) -> Any:
     )
 
 
-def _empty_statistics(tokens: int) -> _Statistics:
-    return _Statistics(*(jnp.zeros(tokens, jnp.float32) for _ in _Statistics._fields))
+def _empty_statistics(tokens: int) -> RowStatistics:
+    return RowStatistics(*(jnp.zeros(tokens, jnp.float32) for _ in RowStatistics._fields))
 
 
 def _add_product(dw_DV: Array, x_CD: Array, dz_CV: Array) -> Array:
@@ -462,8 +416,8 @@ def _logits(how: _Head, x_CD: Array, w_DV: Array, scale_V: Array | None) -> Arra
 
 
 def _row_statistics(
-    how: _Head, terms: _Terms | None, logits_CV: Array, targets_C: Array
-) -> _Statistics:
+    how: _Head, terms: LossTerms | None, logits_CV: Array, targets_C: Array
+) -> RowStatistics:
     """The statistics of a chunk over the whole vocabulary, the same on all its devices."""
     axes = () if how.mesh is None else RULES["vocab"]
     columns = logits_CV.shape[1]
@@ -479,7 +433,7 @@ def _row_statistics(
         logit_sum = jnp.sum(logits_CV, axis=1)
     exp_sum, target_logit, logit_sum = jax.lax.psum((exp_sum, target_logit, logit_sum), axes)
     known_C = (targets_C >= 0) & (targets_C < _vocab_size(how, logits_CV))
-    return _Statistics(
+    return RowStatistics(
         log_z=max_logit + jnp.log(exp_sum),
         max_logit=max_logit,
         target_logit=jnp.where(known_C, target_logit, jnp.nan),
@@ -489,11 +443,11 @@ def _row_statistics(
 
 def _logit_gradient(
     how: _Head,
-    terms: _Terms | None,
+    terms: LossTerms | None,
     logits_CV: Array,
     targets_C: Array,
-    statistics: _Statistics,
-    cotangents: _Statistics,
+    statistics: RowStatistics,
+    cotangents: RowStatistics,
 ) -> Array:
     """The gradient by the logits before the cap, one elementwise pass; float32 [C, V]."""
     g_log_z, g_max, g_target, g_sum = (g[:, None] for g in cotangents)

@@ -55,30 +55,55 @@ def cross_entropy(
       max_z_loss: coefficient, 0 = off.
       label_smoothing: s above, in [0, 1).
     """
-    vocab_size = logits.shape[-1]
-    log_z, max_logit, target_logit, logit_sum = _row_statistics(
-        logits, targets, label_smoothing != 0, max_z_loss != 0
+    terms = LossTerms(z_loss, max_z_loss, label_smoothing)
+    statistics = RowStatistics(
+        *_row_statistics(logits, targets, label_smoothing != 0, max_z_loss != 0)
     )
+    losses = token_losses(terms, statistics, logits.shape[-1])
+    return jax.tree.map(lambda per_token: jnp.sum(per_token * weights), losses)
+
+
+class LossTerms(NamedTuple):
+    """Coefficients of `cross_entropy`; static."""
+
+    z_loss: float
+    max_z_loss: float
+    label_smoothing: float
+
+    def smoothed(self, vocab_size: int) -> tuple[float, float]:
+        """Returns the probabilities of the target and of each other piece after smoothing."""
+        if not self.label_smoothing:
+            return 1.0, 0.0
+        return 1.0 - self.label_smoothing, self.label_smoothing / (vocab_size - 1)
+
+
+class RowStatistics(NamedTuple):
+    """All that the terms need of a row of logits; float32, one number per token."""
+
+    log_z: jax.Array
+    max_logit: jax.Array
+    target_logit: jax.Array
+    logit_sum: jax.Array  # 0 where no term needs it
+
+
+def token_losses(terms: LossTerms, statistics: RowStatistics, vocab_size: int) -> LossSums:
+    """Returns the terms of `cross_entropy` per token instead of summed; `weight` is 1."""
+    log_z, max_logit, target_logit, logit_sum = statistics
     nll = log_z - target_logit
     loss = nll
-    if label_smoothing:
-        on, off = 1.0 - label_smoothing, label_smoothing / (vocab_size - 1)
+    if terms.label_smoothing:
+        on, off = terms.smoothed(vocab_size)
         entropy = -(on * np.log(on) + (vocab_size - 1) * off * np.log(off + 1e-20))
         loss = log_z - (on - off) * target_logit - off * logit_sum - float(entropy)
-    z_term = z_loss * jnp.square(log_z)
-    max_z_term = max_z_loss * jnp.square(max_logit)
-    correct = (target_logit >= max_logit).astype(jnp.float32)
-
-    def total(per_token: jax.Array) -> jax.Array:
-        return jnp.sum(per_token * weights)
-
+    z_term = terms.z_loss * jnp.square(log_z)
+    max_z_term = terms.max_z_loss * jnp.square(max_logit)
     return LossSums(
-        total=total(loss + z_term + max_z_term),
-        nll=total(nll),
-        z_loss=total(z_term),
-        max_z_loss=total(max_z_term),
-        correct=total(correct),
-        weight=jnp.sum(weights),
+        total=loss + z_term + max_z_term,
+        nll=nll,
+        z_loss=z_term,
+        max_z_loss=max_z_term,
+        correct=(target_logit >= max_logit).astype(jnp.float32),
+        weight=jnp.ones_like(log_z),
     )
 
 
