@@ -269,21 +269,21 @@ def test_eight_devices_equal_one_with_the_real_model(architecture):
         }
     else:
         batch["decoder_causal_attention"] = (positions < 4).astype(np.int32)
-    loss_fn = supervised_loss(model)
 
-    @jax.jit
-    def loss_and_gradients(params, batch):
+    def loss_and_gradients(params, batch, mesh):
+        loss_fn = supervised_loss(model, mesh=mesh)
+
         def mean(params):
             total, weight, _ = loss_fn(params, batch, None)
             return total / weight
 
-        return jax.value_and_grad(mean)(params)
+        return jax.jit(jax.value_and_grad(mean))(params)
 
     params = jax.jit(model.init)(jax.random.key(0))
-    expected, expected_gradients = loss_and_gradients(params, batch)
+    expected, expected_gradients = loss_and_gradients(params, batch, None)
     mesh = _mesh(data=2, fsdp=2, tensor=2)
     placed = jax.device_put(params, sharding.shardings(params, model.logical_axes(), mesh))
-    loss, gradients = loss_and_gradients(placed, sharding.shard_batch(batch, mesh))
+    loss, gradients = loss_and_gradients(placed, sharding.shard_batch(batch, mesh), mesh)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for (path, value), gradient in zip(
         jax.tree_util.tree_leaves_with_path(expected_gradients),

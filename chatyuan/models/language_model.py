@@ -37,13 +37,21 @@ class LanguageModel(nnx.Module):
             initializer = truncated_normal(config.embed_dim**-0.5)
             self.logits_dense = Linear(shape, ("embed", "vocab"), initializer)
 
+    def head_kernel(self) -> Array:
+        """Returns the matrix [D, V] of the head as it is trained, float32."""
+        if self.config.tie_embeddings:
+            return self.token_embedder.embedding[...].T
+        return self.logits_dense.kernel[...]
+
+    def head_inputs(self, hidden: Array) -> Array:
+        """Returns what `head_kernel` is multiplied by, normed if so configured: scaled [..., D]."""
+        if self.config.tie_embeddings and self.config.scale_tied_logits:
+            return hidden * jnp.asarray(self.config.embed_dim**-0.5, hidden.dtype)
+        return hidden
+
     def head_weight(self) -> Array:
         """Returns the matrix [D, V], float32, for which logits = hidden @ head_weight."""
-        config = self.config
-        if config.tie_embeddings:
-            weight = self.token_embedder.embedding[...].T
-        else:
-            weight = self.logits_dense.kernel[...]
+        config, weight = self.config, self.head_kernel()
         if config.norm_head:
             norm = jnp.sqrt(jnp.sum(jnp.square(weight), axis=0, keepdims=True))
             weight = weight / jnp.maximum(norm, 1e-12)

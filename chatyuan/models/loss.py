@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from chatyuan.errors import UserError, did_you_mean
-from chatyuan.ops import losses
+from chatyuan.ops.linear_cross_entropy import linear_cross_entropy, token_log_probs
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 NORMALIZATIONS = ("token", "sequence")
@@ -58,7 +59,9 @@ class LossConfig:
             )
 
 
-def supervised_loss(model: Any, loss_config: LossConfig | None = None) -> LossFn:
+def supervised_loss(
+    model: Any, loss_config: LossConfig | None = None, mesh: Mesh | None = None
+) -> LossFn:
     """Returns `loss_fn(params, batch, dropout_key) -> (loss_sum, weight_sum, metrics)`.
 
     The gradient of a batch is that of `loss_sum / weight_sum`. `metrics` maps a name to
@@ -66,9 +69,12 @@ def supervised_loss(model: Any, loss_config: LossConfig | None = None) -> LossFn
     max_z_loss where it is on, and the counts (n, 1) target_tokens (those with a loss weight) and
     input_tokens (all other real tokens of the encoder and the decoder).
 
+    The logits of a batch never exist together: see `chatyuan.ops.linear_cross_entropy`.
+
     Args:
       model: a model of `chatyuan.models.build`.
       loss_config: the regularisers; None = LossConfig().
+      mesh: over which parameters and batch are split; None = one device.
     """
     config = loss_config or LossConfig()
 
@@ -80,10 +86,13 @@ def supervised_loss(model: Any, loss_config: LossConfig | None = None) -> LossFn
         weights_BT = batch["decoder_loss_weights"].astype(jnp.float32)
         if config.normalization == "sequence":
             weights_BT = per_sequence(weights_BT, batch["decoder_segment_ids"])
-        sums = losses.cross_entropy(
-            module.logits(hidden_BTD),
+        sums = linear_cross_entropy(
+            module.head_inputs(hidden_BTD),
+            module.head_kernel(),
             batch["decoder_target_tokens"],
             weights_BT,
+            norm_head=model.config.norm_head,
+            mesh=split_mesh(mesh),
             z_loss=config.z_loss,
             max_z_loss=config.max_z_loss,
             label_smoothing=config.label_smoothing,
@@ -117,14 +126,49 @@ def per_sequence(weights_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     return weights_BT / jnp.where(total_BT > 0, total_BT, jnp.float32(1))
 
 
-def eval_loss(model: Any, loss_config: LossConfig | None = None) -> Callable[..., Any]:
+def split_mesh(mesh: Mesh | None) -> Mesh | None:
+    """Returns the mesh, or None where it has one device and nothing is split."""
+    return mesh if mesh is not None and mesh.size > 1 else None
+
+
+def eval_loss(
+    model: Any, loss_config: LossConfig | None = None, mesh: Mesh | None = None
+) -> Callable[..., Any]:
     """Returns `loss_fn(params, batch) -> (loss_sum, weight_sum, metrics)` without dropout."""
-    loss_fn = supervised_loss(model, loss_config)
+    loss_fn = supervised_loss(model, loss_config, mesh)
 
     def without_dropout(params: Any, batch: Mapping[str, jax.Array]) -> tuple:
         return loss_fn(params, batch, None)
 
     return without_dropout
+
+
+def target_log_probs(model: Any, mesh: Mesh | None = None) -> Callable[..., jax.Array]:
+    """Returns `score(params, batch, dropout_key=None)`: how likely the model finds each target.
+
+    The score is the log-probability of `decoder_target_tokens` given what is before them, float32
+    [B, T] in nats, 0 where `decoder_loss_weights` is 0: summed over a row, that of the answer. It
+    is differentiable by the parameters with a cotangent per token, and no logits are kept.
+
+    Args:
+      model: a model of `chatyuan.models.build`.
+      mesh: as in `supervised_loss`.
+    """
+
+    def score(
+        params: Any, batch: Mapping[str, jax.Array], dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        module = model.bind(params)
+        log_probs_BT = token_log_probs(
+            module.head_inputs(module.hidden(batch, dropout_key=dropout_key)),
+            module.head_kernel(),
+            batch["decoder_target_tokens"],
+            norm_head=model.config.norm_head,
+            mesh=split_mesh(mesh),
+        )
+        return jnp.where(batch["decoder_loss_weights"] > 0, log_probs_BT, 0.0)
+
+    return score
 
 
 def _token_counts(batch: Mapping[str, jax.Array]) -> Metrics:

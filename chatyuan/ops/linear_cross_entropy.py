@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from chatyuan.ops.losses import LossSums, LossTerms, RowStatistics, token_losses
+from chatyuan.ops.matmul import weight_gradient
 from chatyuan.sharding import RULES
 
 Array = jax.Array
@@ -33,6 +34,8 @@ Array = jax.Array
 # temporary under 1/20 of the logits; fewer are slower (256: by 2 % of the whole). The accelerator's
 # number is an estimate from bandwidth, not a measurement.
 _CHUNK_HOST, _CHUNK_ACCELERATOR = 344, 2048
+# Logits of this many bytes burden no device: chunks need not be smaller.
+_LOGITS_AT_LEAST = 64 * 2**20
 # Columns of the head's gradient that a host adds to at once: the product stays in the cache.
 _COLUMNS_HOST = 2048
 # As `LanguageModel.head_weight`.
@@ -80,7 +83,8 @@ def linear_cross_entropy(
       label_smoothing: as there.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2, arXiv:2408.00118).
       norm_head: divide each column of `head` by its length (Baichuan 2, arXiv:2309.10305).
-      chunk_tokens: tokens whose logits exist at a time, at most; None = 344 on CPU, else 2048.
+      chunk_tokens: tokens whose logits exist at a time, at most; None = 344 on CPU, else 2048, or
+        as many as make 64 MiB of logits.
       mesh: of `sharding.make_mesh`, where `hidden` and `head` are split as its `RULES` say: tokens
         over data, fsdp and sequence, the vocabulary over tensor. Each device then works off its
         own tokens and columns; gradients are added up once, after the last chunk. None = one
@@ -238,14 +242,18 @@ def _statistics(
 ) -> RowStatistics:
     """The statistics of all rows, [N] each."""
     x_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    chunk, steps = _chunking(how, len(x_ND))
+    chunk, steps = _chunking(how, len(x_ND), head.shape[1])
     w_DV, scale_V = _weight(how, head, hidden.dtype)
 
-    def step(i: Array, found: RowStatistics) -> RowStatistics:
-        start, (x_CD, targets_C), _ = _chunk(i, chunk, x_ND, targets_N)
-        logits_CV = _logits(how, x_CD, w_DV, scale_V)
-        return _write(found, _row_statistics(how, terms, logits_CV, targets_C), start)
+    def of_chunk(x_CD: Array, targets_C: Array) -> RowStatistics:
+        return _row_statistics(how, terms, _logits(how, x_CD, w_DV, scale_V), targets_C)
 
+    def step(i: Array, found: RowStatistics) -> RowStatistics:
+        start, parts, _ = _chunk(i, chunk, x_ND, targets_N)
+        return _write(found, of_chunk(*parts), start)
+
+    if steps == 1:
+        return of_chunk(x_ND, targets_N)
     return jax.lax.fori_loop(0, steps, step, _empty_statistics(len(x_ND)))
 
 
@@ -271,14 +279,13 @@ def _gradients(
     """
     x_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     per_token_N = per_token.reshape(-1)
-    chunk, steps = _chunking(how, len(x_ND))
+    chunk, steps = _chunking(how, len(x_ND), head.shape[1])
     w_DV, scale_V = _weight(how, head, hidden.dtype)
 
-    def step(i: Array, carry: tuple) -> tuple:
-        found, dx_ND, dw_DV = carry
-        start, (x_CD, targets_C, per_token_C), new_C = _chunk(
-            i, chunk, x_ND, targets_N, per_token_N
-        )
+    # Sums over the vocabulary's devices stay float32 until they are complete.
+    dx_dtype = hidden.dtype if how.mesh is None else jnp.float32
+
+    def of_chunk(x_CD: Array, targets_C: Array, per_token_C: Array) -> tuple:
         logits_CV = _logits(how, x_CD, w_DV, scale_V)
         statistics = _row_statistics(how, terms, logits_CV, targets_C)
         dz_CV = _logit_gradient(
@@ -290,22 +297,29 @@ def _gradients(
         dx_CD = jax.lax.dot_general(
             dz_CV, w_DV, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
+        return statistics, dx_CD.astype(dx_dtype), dz_CV
+
+    def step(i: Array, carry: tuple) -> tuple:
+        found, dx_ND, dw_DV = carry
+        start, (x_CD, *others), new_C = _chunk(i, chunk, x_ND, targets_N, per_token_N)
+        statistics, dx_CD, dz_CV = of_chunk(x_CD, *others)
         # A token that an earlier chunk has counted gets the same dx again and adds no dw.
         once_CD = jnp.where(new_C[:, None], x_CD, jnp.zeros_like(x_CD))
         dw_DV = jax.lax.platform_dependent(
             dw_DV, once_CD, dz_CV, cpu=_add_product_cpu, default=_add_product
         )
-        dx_ND = _write(dx_ND, dx_CD.astype(dx_ND.dtype), start)
-        return _write(found, statistics, start), dx_ND, dw_DV
+        return _write(found, statistics, start), _write(dx_ND, dx_CD, start), dw_DV
 
-    # Sums over the vocabulary's devices stay float32 until they are complete.
-    dx_dtype = hidden.dtype if how.mesh is None else jnp.float32
-    carry = (
-        _empty_statistics(len(x_ND)),
-        jnp.zeros(x_ND.shape, dx_dtype),
-        jnp.zeros(head.shape, jnp.float32),
-    )
-    statistics, dx_ND, dw_DV = jax.lax.fori_loop(0, steps, step, carry)
+    if steps == 1:
+        statistics, dx_ND, dz_NV = of_chunk(x_ND, targets_N, per_token_N)
+        dw_DV = weight_gradient(x_ND, dz_NV, "float32")
+    else:
+        carry = (
+            _empty_statistics(len(x_ND)),
+            jnp.zeros(x_ND.shape, dx_dtype),
+            jnp.zeros(head.shape, jnp.float32),
+        )
+        statistics, dx_ND, dw_DV = jax.lax.fori_loop(0, steps, step, carry)
     if how.mesh is not None:
         dx_ND = jax.lax.psum(dx_ND, RULES["vocab"])
         dw_DV = jax.lax.psum(dw_DV, _token_axes())
@@ -315,10 +329,13 @@ def _gradients(
     return statistics, d_hidden, dw_DV.astype(head.dtype)
 
 
-def _chunking(how: _Head, tokens: int) -> tuple[int, int]:
+def _chunking(how: _Head, tokens: int, columns: int) -> tuple[int, int]:
     """Tokens of a chunk and how many chunks cover all tokens; the last one may overlap another."""
-    on_host = jax.default_backend() == "cpu"
-    most = how.chunk_tokens or (_CHUNK_HOST if on_host else _CHUNK_ACCELERATOR)
+    most = how.chunk_tokens
+    if most is None:
+        on_host = jax.default_backend() == "cpu"
+        few = _CHUNK_HOST if on_host else _CHUNK_ACCELERATOR
+        most = max(few, _LOGITS_AT_LEAST // (4 * columns))
     assert most > 0 and tokens > 0, (most, tokens)
     even = math.ceil(tokens / math.ceil(tokens / most))
     chunk = min(math.ceil(even / 8) * 8, most, tokens)

@@ -1,6 +1,7 @@
 """Activations times a weight matrix, with a backward pass laid out for the platform."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,22 +37,38 @@ def _backward(
     dy = dy.astype(x.dtype)
     last = x.ndim - 1
     dx = jax.lax.dot_general(dy, w, (((last,), (1,)), ((), ())))
-    dw = jax.lax.platform_dependent(x, dy, cpu=_weight_gradient_cpu, default=_weight_gradient)
-    return dx, dw
+    return dx, weight_gradient(x, dy)
 
 
-def _weight_gradient(x: Array, dy: Array) -> Array:
+def weight_gradient(x: Array, dy: Array, out_dtype: str | None = None) -> Array:
+    """Returns `x^T dy`, [D, F] from [..., D] and [..., F].
+
+    Args:
+        x: [..., D].
+        dy: [..., F], of the dtype of `x`.
+        out_dtype: of the sums and the result; None: that of `x`.
+    """
+    product = functools.partial(jax.lax.dot_general, preferred_element_type=out_dtype)
+    return jax.lax.platform_dependent(
+        x,
+        dy,
+        cpu=functools.partial(_weight_gradient_cpu, product),
+        default=functools.partial(_weight_gradient, product),
+    )
+
+
+def _weight_gradient(product: Callable[..., Array], x: Array, dy: Array) -> Array:
     rows = tuple(range(x.ndim - 1))
-    return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+    return product(x, dy, ((rows, rows), ((), ())))
 
 
-def _weight_gradient_cpu(x: Array, dy: Array) -> Array:
+def _weight_gradient_cpu(product: Callable[..., Array], x: Array, dy: Array) -> Array:
     """The canonical product x^T dy; the barrier keeps XLA from folding the transpose back in."""
     last = x.ndim - 1
     rows = tuple(range(last))
     transposed = jax.lax.optimization_barrier(jnp.moveaxis(x, last, 0))
     shifted = tuple(axis + 1 for axis in rows)
-    return jax.lax.dot_general(transposed, dy, ((shifted, rows), ((), ())))
+    return product(transposed, dy, ((shifted, rows), ((), ())))
 
 
 linear.defvjp(_forward, _backward)

@@ -172,7 +172,7 @@ def run(config: Config, *, title: str) -> TrainState:
         return jax.jit(initialise, out_shardings=placement, donate_argnums=0)(weights)
 
     train_step = make_train_step(
-        supervised_loss(parts.model, config.loss),
+        supervised_loss(parts.model, config.loss, parts.mesh),
         optimizer,
         schedule,
         microbatches=config.microbatches,
@@ -259,7 +259,7 @@ class _Evaluation:
 
     def __init__(self, parts: Parts, writer: Writer) -> None:
         self.parts, self.writer = parts, writer
-        self.loss = jax.jit(eval_loss(parts.model, parts.config.loss))
+        self.loss = jax.jit(eval_loss(parts.model, parts.config.loss, parts.mesh))
         self.samples = _samples.Samples(
             parts.config, parts.vocabulary, parts.model, parts.evaluation or parts.loader
         )
