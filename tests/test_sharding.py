@@ -244,8 +244,9 @@ def test_every_device_computes_its_share_of_a_microbatch():
     assert flops[8] < flops[1] / 6
 
 
+@pytest.mark.parametrize("third", ["fsdp", "sequence"])
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
-def test_eight_devices_equal_one_with_the_real_model(architecture):
+def test_eight_devices_equal_one_with_the_real_model(architecture, third):
     config = ModelConfig(
         architecture=architecture, vocab_size=64, embed_dim=16, mlp_dim=32, num_heads=2,
         head_dim=8, num_encoder_layers=2, num_decoder_layers=2,
@@ -281,7 +282,7 @@ def test_eight_devices_equal_one_with_the_real_model(architecture):
 
     params = jax.jit(model.init)(jax.random.key(0))
     expected, expected_gradients = loss_and_gradients(params, batch, None)
-    mesh = _mesh(data=2, fsdp=2, tensor=2)
+    mesh = _mesh(**{"data": 2, "tensor": 2, third: 2})
     placed = jax.device_put(params, sharding.shardings(params, model.logical_axes(), mesh))
     loss, gradients = loss_and_gradients(placed, sharding.shard_batch(batch, mesh), mesh)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)

@@ -15,6 +15,7 @@ from chatyuan.kernels.relative_bias import (
     RelativePositionBias,
     relative_position_bucket,
 )
+from chatyuan.kernels.sharded import attention_on, sharded_attention
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -24,8 +25,10 @@ __all__ = [
     "BlockSizes",
     "DenseBias",
     "RelativePositionBias",
+    "attention_on",
     "dot_product_attention",
     "prepare",
     "relative_position_bucket",
     "select_implementation",
+    "sharded_attention",
 ]

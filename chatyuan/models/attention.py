@@ -2,8 +2,9 @@
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
-from chatyuan.kernels import AttentionMask, Bias, dot_product_attention
+from chatyuan.kernels import AttentionMask, Bias, attention_on
 from chatyuan.models.config import ModelConfig
 from chatyuan.models.initializers import normal
 from chatyuan.models.layers import Linear, RMSNorm
@@ -55,11 +56,12 @@ class Attention(nnx.Module):
         value_BSKH: Array,
         mask: AttentionMask | None,
         bias: Bias | None,
+        mesh: Mesh | None = None,
     ) -> Array:
-        """Returns the attended and projected values, [B, T, D]."""
+        """Returns the attended and projected values, [B, T, D]; `mesh` is that of all of them."""
 
         def core(query: Array, key: Array, value: Array, bias: Bias | None) -> Array:
-            return dot_product_attention(
+            return attention_on(mesh)(
                 query,
                 key,
                 value,

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from chatyuan.kernels import AttentionMask, prepare
 from chatyuan.models.cache import DecodeCache
@@ -28,6 +29,7 @@ class EncoderDecoder(LanguageModel):
         segment_ids_BS: Array,
         positions_BS: Array | None = None,
         dropout_key: Array | None = None,
+        mesh: Mesh | None = None,
     ) -> Array:
         """Returns the encoder's output [B, S, D].
 
@@ -36,6 +38,7 @@ class EncoderDecoder(LanguageModel):
             segment_ids_BS: 0 = padding; tokens see their own segment.
             positions_BS: for rotary embedding; None counts from 0 in each row.
             dropout_key: None when not training.
+            mesh: see `hidden`.
         """
         length = tokens_BS.shape[1]
         shared = self.encoder.inputs(
@@ -44,10 +47,13 @@ class EncoderDecoder(LanguageModel):
             q_len=length,
             kv_len=length,
             dropout_key=dropout_key,
+            mesh=mesh,
         )
         return self.encoder(self.token_embedder(tokens_BS), shared)
 
-    def hidden(self, batch: Batch, *, dropout_key: Array | None = None) -> Array:
+    def hidden(
+        self, batch: Batch, *, dropout_key: Array | None = None, mesh: Mesh | None = None
+    ) -> Array:
         """Returns the decoder's output after its final norm, [B, T, D] in the compute dtype.
 
         Args:
@@ -55,6 +61,7 @@ class EncoderDecoder(LanguageModel):
                 decoder_segment_ids; encoder_positions and decoder_positions where positions are
                 rotary.
             dropout_key: None when not training.
+            mesh: over which parameters and batch are split; None = one device.
         """
         encoder_key, decoder_key = (
             (None, None) if dropout_key is None else jax.random.split(dropout_key)
@@ -65,6 +72,7 @@ class EncoderDecoder(LanguageModel):
             encoder_segments,
             batch.get("encoder_positions"),
             encoder_key,
+            mesh,
         )
         tokens, segments = batch["decoder_input_tokens"], batch["decoder_segment_ids"]
         rows, length = tokens.shape
@@ -75,6 +83,7 @@ class EncoderDecoder(LanguageModel):
             q_len=length,
             kv_len=length,
             dropout_key=decoder_key,
+            mesh=mesh,
         )
         cross_mask, _ = prepare(
             AttentionMask(query_segment_ids=segments, key_segment_ids=encoder_segments),

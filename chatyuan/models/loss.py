@@ -77,12 +77,13 @@ def supervised_loss(
       mesh: over which parameters and batch are split; None = one device.
     """
     config = loss_config or LossConfig()
+    mesh = _split(mesh)
 
     def loss_fn(
         params: Any, batch: Mapping[str, jax.Array], dropout_key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Metrics]:
         module = model.bind(params)
-        hidden_BTD = module.hidden(batch, dropout_key=dropout_key)
+        hidden_BTD = module.hidden(batch, dropout_key=dropout_key, mesh=mesh)
         weights_BT = batch["decoder_loss_weights"].astype(jnp.float32)
         if config.normalization == "sequence":
             weights_BT = per_sequence(weights_BT, batch["decoder_segment_ids"])
@@ -92,7 +93,7 @@ def supervised_loss(
             batch["decoder_target_tokens"],
             weights_BT,
             norm_head=model.config.norm_head,
-            mesh=split_mesh(mesh),
+            mesh=mesh,
             z_loss=config.z_loss,
             max_z_loss=config.max_z_loss,
             label_smoothing=config.label_smoothing,
@@ -126,11 +127,6 @@ def per_sequence(weights_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     return weights_BT / jnp.where(total_BT > 0, total_BT, jnp.float32(1))
 
 
-def split_mesh(mesh: Mesh | None) -> Mesh | None:
-    """Returns the mesh, or None where it has one device and nothing is split."""
-    return mesh if mesh is not None and mesh.size > 1 else None
-
-
 def eval_loss(
     model: Any, loss_config: LossConfig | None = None, mesh: Mesh | None = None
 ) -> Callable[..., Any]:
@@ -154,21 +150,27 @@ def target_log_probs(model: Any, mesh: Mesh | None = None) -> Callable[..., jax.
       model: a model of `chatyuan.models.build`.
       mesh: as in `supervised_loss`.
     """
+    mesh = _split(mesh)
 
     def score(
         params: Any, batch: Mapping[str, jax.Array], dropout_key: jax.Array | None = None
     ) -> jax.Array:
         module = model.bind(params)
         log_probs_BT = token_log_probs(
-            module.head_inputs(module.hidden(batch, dropout_key=dropout_key)),
+            module.head_inputs(module.hidden(batch, dropout_key=dropout_key, mesh=mesh)),
             module.head_kernel(),
             batch["decoder_target_tokens"],
             norm_head=model.config.norm_head,
-            mesh=split_mesh(mesh),
+            mesh=mesh,
         )
         return jnp.where(batch["decoder_loss_weights"] > 0, log_probs_BT, 0.0)
 
     return score
+
+
+def _split(mesh: Mesh | None) -> Mesh | None:
+    """Returns the mesh, or None where it has one device and nothing is split."""
+    return mesh if mesh is not None and mesh.size > 1 else None
 
 
 def _token_counts(batch: Mapping[str, jax.Array]) -> Metrics:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from chatyuan.kernels import AttentionMask
 from chatyuan.models.cache import DecodeCache
@@ -14,7 +15,9 @@ Array = jax.Array
 class PrefixLM(LanguageModel):
     """A decoder whose mask is data: bidirectional, causal, right-to-left, prefix, packed."""
 
-    def hidden(self, batch: Batch, *, dropout_key: Array | None = None) -> Array:
+    def hidden(
+        self, batch: Batch, *, dropout_key: Array | None = None, mesh: Mesh | None = None
+    ) -> Array:
         """Returns the output after the final norm, [B, T, D] in the compute dtype.
 
         Args:
@@ -22,6 +25,7 @@ class PrefixLM(LanguageModel):
                 `AttentionMask.prefix_tokens`) unless the model is causal only; decoder_positions
                 where positions are rotary.
             dropout_key: None when not training.
+            mesh: over which parameters and batch are split; None = one device.
         """
         tokens, segments = batch["decoder_input_tokens"], batch["decoder_segment_ids"]
         length = tokens.shape[1]
@@ -37,7 +41,12 @@ class PrefixLM(LanguageModel):
             key_segment_ids=segments,
         )
         shared = self.decoder.inputs(
-            mask=mask, positions=positions, q_len=length, kv_len=length, dropout_key=dropout_key
+            mask=mask,
+            positions=positions,
+            q_len=length,
+            kv_len=length,
+            dropout_key=dropout_key,
+            mesh=mesh,
         )
         return self.decoder(self.token_embedder(tokens), shared)
 

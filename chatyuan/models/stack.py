@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from chatyuan.kernels import AlibiBias, AttentionMask, Bias, RelativePositionBias, prepare
 from chatyuan.models.attention import Attention
@@ -47,6 +48,7 @@ class LayerInputs:
         query_offset: key index of query 0 (see `RelativePositionBias`).
         cross_mask: of cross-attention.
         dropout_key: of this stack and step, or None.
+        mesh: over which rows, heads and lengths are split; None = one device.
     """
 
     mask: AttentionMask
@@ -55,6 +57,7 @@ class LayerInputs:
     query_offset: Array | int = 0
     cross_mask: AttentionMask | None = None
     dropout_key: Array | None = None
+    mesh: Mesh | None = None
 
 
 class Block(nnx.Module):
@@ -102,7 +105,7 @@ class Block(nnx.Module):
         if update_cache is not None:
             key, value = update_cache(key, value)
         bias = self._bias(shared, query.shape[1], key.shape[1])
-        h = attention.attend(query, key, value, shared.mask, bias)
+        h = attention.attend(query, key, value, shared.mask, bias, shared.mesh)
         x_BTD = x_BTD + dropout(h, rate, dropout_key, 1)
         if cross_keys_values is not None:
             attention = self.encoder_decoder_attention
@@ -111,7 +114,7 @@ class Block(nnx.Module):
             # positions are not used: cross-attention has none.
             query = attention.queries(h, shared.positions)
             folded = query.reshape(key.shape[0], -1, *query.shape[2:])
-            h = attention.attend(folded, key, value, shared.cross_mask, None)
+            h = attention.attend(folded, key, value, shared.cross_mask, None, shared.mesh)
             x_BTD = x_BTD + dropout(h.reshape(x_BTD.shape), rate, dropout_key, 2)
         h = self.mlp(self.pre_mlp_layer_norm(x_BTD), dropout_key)
         return x_BTD + dropout(h, rate, dropout_key, 3)
@@ -213,6 +216,7 @@ class Stack(nnx.Module):
         kv_len: int,
         query_offset: Array | int = 0,
         dropout_key: Array | None = None,
+        mesh: Mesh | None = None,
     ) -> LayerInputs:
         """Returns what the blocks share, with mask and bias resolved once for all layers."""
         config = self.config
@@ -234,7 +238,7 @@ class Stack(nnx.Module):
             kv_len=kv_len,
             implementation=config.attention_implementation,
         )
-        return LayerInputs(mask, bias, positions, query_offset, dropout_key=dropout_key)
+        return LayerInputs(mask, bias, positions, query_offset, None, dropout_key, mesh)
 
     def __call__(
         self,
