@@ -23,15 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chatyuan.kernels.masks import AttentionMask
+from chatyuan.kernels.masks import AttentionMask, visible_hull
 from chatyuan.kernels.products import product, rows
-from chatyuan.kernels.reference import MASKED_SCORE
+from chatyuan.kernels.reference import LEAST_MAXIMUM, MASKED_SCORE
 from chatyuan.kernels.relative_bias import Bias, DenseBias, toeplitz, toeplitz_sum
 
 Array = jax.Array
 
-# Above MASKED_SCORE, below any score: exp(masked - this) is 0, also in rows without keys.
-_LEAST_MAXIMUM = 1e-5 * MASKED_SCORE
 _MULTIPLE = 16
 
 
@@ -180,10 +178,10 @@ class _Plan:
             end: [B, T'].
         """
         pairs, ends, _ = self.pairs()
-        shape = (self.batch // self.rows, self.rows, self.q_blocks, self.q_block)
-        start, end, sees = start.reshape(shape), end.reshape(shape), (end > start).reshape(shape)
-        low = jnp.min(jnp.where(sees, start, self.kv_len), axis=(1, 3))[pairs[:, 0], pairs[:, 1]]
-        high = jnp.max(jnp.where(sees, end, 0), axis=(1, 3))[pairs[:, 0], pairs[:, 1]]
+        low, high = visible_hull(start, end, self.q_block)
+        shape = (self.batch // self.rows, self.rows, self.q_blocks)
+        low = jnp.min(low.reshape(shape), axis=1)[pairs[:, 0], pairs[:, 1]]
+        high = jnp.max(high.reshape(shape), axis=1)[pairs[:, 0], pairs[:, 1]]
         first_key = jnp.asarray(pairs[:, 2] * self.kv_block)
         meets = (low < first_key + self.kv_block) & (high > first_key)
         order = jnp.argsort(~meets, stable=True)
@@ -218,7 +216,7 @@ def _forward(
     statistics = (plan.batch, heads, plan.padded_q_len)
     carry = (
         jnp.zeros(operands.query.shape, jnp.float32),
-        jnp.full(statistics, _LEAST_MAXIMUM, jnp.float32),
+        jnp.full(statistics, LEAST_MAXIMUM, jnp.float32),
         jnp.zeros(statistics, jnp.float32),
     )
 
