@@ -28,7 +28,7 @@ KERNEL = re.compile(
 )
 # (name, T5's bias, key heads of 4)
 KINDS = {"t5": (True, 4), "none": (False, 4), "t5_grouped": (True, 2)}
-COLUMNS = ("date", "versions", "commit", "device", "case", "pass", "VMEM KiB", "temp MiB")
+COLUMNS = ("date", "versions", "commit", "device", "case", "VMEM KiB", "temp MiB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +145,11 @@ def main() -> int:
             cases.append(case)
             which = "forward and backward" if gradients else "forward"
             vmem = ", ".join(f"{name} {size / 2**10:.0f}" for name, size in case.vmem.items())
-            rows.append([
-                common.today(), names, commit, case.device, case.call, which, vmem or "REFUSED",
-                f"{case.temp / 2**20:.2f}",
-            ])  # fmt: skip
+            if gradients:  # whose kernels include the forward pass's
+                rows.append([
+                    common.today(), names, commit, case.device, case.call, vmem or "REFUSED",
+                    f"{case.temp / 2**20:.2f}",
+                ])  # fmt: skip
             verdict = "compiled" if case.error is None else f"REFUSED: {case.error}"
             print(f"{case.device} {case.call}, {which}: {verdict}; VMEM KiB {vmem}; "
                   f"temp {case.temp / 2**20:.2f} MiB", flush=True)  # fmt: skip

@@ -215,7 +215,7 @@ class _Pass:
         if self.tiles is not None:
             bias = self.stack(bias) * _LOG2E
         elif bias is not None:
-            bias = bias * jnp.asarray([_LOG2E, 1.0], jnp.float32)
+            bias = bias * jnp.asarray([[_LOG2E, 1.0]], jnp.float32)
         return _Inputs(
             query=pad(operands.query, 3, q_len),
             key=pad(operands.key, 3, kv_len),

@@ -149,7 +149,7 @@ class Tiling:
         more = ((0, 0), (0, self.padded_q_len - self.q_len))
         low, high = visible_hull(jnp.pad(start, more), jnp.pad(end, more), self.q_block)
         low, high = low // self.kv_block, -(-high // self.kv_block)
-        i = jnp.arange(self.q_blocks, dtype=jnp.int32) * (self.q_block // self.step)
+        i = jnp.arange(self.q_blocks, dtype=jnp.int32)[None] * (self.q_block // self.step)
         step = self.kv_block // self.step
         left, right = low, high
         if self.left_is_constant:
@@ -165,8 +165,8 @@ class Tiling:
         right, [x2, x3) those for which they are far to the left.
         """
         bounds = self.query_bounds(start, end)
-        j = jnp.arange(self.kv_blocks, dtype=jnp.int32)
-        meets = (bounds[:, :, None, 0] <= j) & (j < bounds[:, :, None, 3])
+        j = jnp.arange(self.kv_blocks, dtype=jnp.int32)[None]
+        meets = (bounds[:, :, None, 0] <= j[None]) & (j[None] < bounds[:, :, None, 3])
         index = jnp.arange(self.q_blocks, dtype=jnp.int32)[None, :, None]
         low = jnp.min(jnp.where(meets, index, self.q_blocks), axis=1)
         high = jnp.max(jnp.where(meets, index + 1, 0), axis=1)

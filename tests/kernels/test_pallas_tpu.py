@@ -4,7 +4,6 @@ Lowering for a TPU needs no TPU; compiling needs libtpu, which compiles for a de
 """
 
 import importlib.util
-import itertools
 import json
 import pathlib
 import subprocess
@@ -123,9 +122,8 @@ def test_temporary_memory_grows_linearly():
 
 @pytest.mark.parametrize("bias", ["t5", "alibi", "none"])
 def test_kernels_lower_for_a_tpu(bias):
-    for dtype, kv_heads, head_dim in itertools.product(
-        ("float32", "bfloat16"), (4, 2, 1), (64, 128)
-    ):
+    calls = (("float32", 4, 128), ("float32", 2, 64), ("bfloat16", 4, 64), ("bfloat16", 1, 128))
+    for dtype, kv_heads, head_dim in calls:
         function, arguments = gradients(
             pallas_tpu_attention, length=640, heads=4, kv_heads=kv_heads, head_dim=head_dim,
             dtype=dtype, bias=bias,
