@@ -53,10 +53,13 @@ class Case:
 
 
 def configure() -> None:
-    """Tells libtpu, before jax starts, not to look for a TPU or for a machine that has one."""
+    """Tells libtpu, before jax starts, not to look for a TPU or for a machine that has one.
+
+    Nor is a program taken from a cache: the compiler's answer is what is asked for.
+    """
     os.environ.update(
         JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4",
-        TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0",
+        TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", JAX_ENABLE_COMPILATION_CACHE="false",
     )  # fmt: skip
 
 
