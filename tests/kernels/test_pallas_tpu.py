@@ -136,7 +136,7 @@ def test_memory_is_written_before_it_is_read_and_by_one_step_at_a_time():
     rng = np.random.default_rng(0)
     checking = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    operands = (draw(1, 20, 2, 8), draw(1, 36, 1, 8), draw(1, 36, 1, 8), draw(2, 8))
+    operands = (draw(1, 20, 2, 8), draw(1, 24, 1, 8), draw(1, 24, 1, 8), draw(2, 8))
     mask = AttentionMask(key_start=np.arange(20)[None] - 2, key_end=np.arange(20)[None] * 2)
 
     def loss(query, key, value, table, **arguments):
