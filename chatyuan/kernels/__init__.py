@@ -6,7 +6,7 @@ from chatyuan.kernels.attention import (
     prepare,
     select_implementation,
 )
-from chatyuan.kernels.blocked import BlockSizes
+from chatyuan.kernels.block_sizes import BlockSizes
 from chatyuan.kernels.masks import AttentionMask
 from chatyuan.kernels.relative_bias import (
     AlibiBias,

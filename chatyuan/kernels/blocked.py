@@ -23,47 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chatyuan.kernels.masks import AttentionMask
-from chatyuan.kernels.products import product, rows
-from chatyuan.kernels.reference import MASKED_SCORE
+from chatyuan.kernels.block_sizes import BlockSizes, block_sizes_for
+from chatyuan.kernels.masks import AttentionMask, visible_hull
+from chatyuan.kernels.products import pad, product, rows
+from chatyuan.kernels.reference import LEAST_MAXIMUM, MASKED_SCORE
 from chatyuan.kernels.relative_bias import Bias, DenseBias, toeplitz, toeplitz_sum
 
 Array = jax.Array
 
-# Above MASKED_SCORE, below any score: exp(masked - this) is 0, also in rows without keys.
-_LEAST_MAXIMUM = 1e-5 * MASKED_SCORE
 _MULTIPLE = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockSizes:
-    """How much of the score square one step holds.
-
-    Attributes:
-        query: queries of a block, at most.
-        key: keys of a block, at most.
-        together: a step takes all batch rows and heads; if not, one row and one key head.
-    """
-
-    query: int
-    key: int
-    together: bool = False
-
-
-# (device kind, head_dim, dtype); None matches everything. The first match counts.
-BLOCK_SIZES: dict[tuple[str | None, int | None, str | None], BlockSizes] = {
-    ("cpu", None, None): BlockSizes(512, 512),
-    (None, None, None): BlockSizes(256, 256, together=True),
-}
-
-
-def block_sizes_for(device_kind: str, head_dim: int, dtype: str) -> BlockSizes:
-    """Returns the entry of `BLOCK_SIZES` for a device ("cpu", "NVIDIA H100 80GB HBM3", ...)."""
-    call = (device_kind, head_dim, dtype)
-    for entry, sizes in BLOCK_SIZES.items():
-        if all(want in (None, have) for want, have in zip(entry, call, strict=True)):
-            return sizes
-    raise AssertionError("the last entry matches everything")
 
 
 def blocked_attention(
@@ -85,7 +53,9 @@ def blocked_attention(
     kv_len, kv_heads = key_BSKH.shape[1:3]
     if block_sizes is None:
         kind = jax.devices()[0].device_kind
-        block_sizes = block_sizes_for(kind, head_dim, query_BTNH.dtype.name)
+        block_sizes = block_sizes_for(
+            "xla", device_kind=kind, head_dim=head_dim, dtype=query_BTNH.dtype.name
+        )
     group = heads // kv_heads
     plan = _Plan(
         batch=batch,
@@ -180,10 +150,10 @@ class _Plan:
             end: [B, T'].
         """
         pairs, ends, _ = self.pairs()
-        shape = (self.batch // self.rows, self.rows, self.q_blocks, self.q_block)
-        start, end, sees = start.reshape(shape), end.reshape(shape), (end > start).reshape(shape)
-        low = jnp.min(jnp.where(sees, start, self.kv_len), axis=(1, 3))[pairs[:, 0], pairs[:, 1]]
-        high = jnp.max(jnp.where(sees, end, 0), axis=(1, 3))[pairs[:, 0], pairs[:, 1]]
+        low, high = visible_hull(start, end, self.q_block)
+        shape = (self.batch // self.rows, self.rows, self.q_blocks)
+        low = jnp.min(low.reshape(shape), axis=1)[pairs[:, 0], pairs[:, 1]]
+        high = jnp.max(high.reshape(shape), axis=1)[pairs[:, 0], pairs[:, 1]]
         first_key = jnp.asarray(pairs[:, 2] * self.kv_block)
         meets = (low < first_key + self.kv_block) & (high > first_key)
         order = jnp.argsort(~meets, stable=True)
@@ -218,7 +188,7 @@ def _forward(
     statistics = (plan.batch, heads, plan.padded_q_len)
     carry = (
         jnp.zeros(operands.query.shape, jnp.float32),
-        jnp.full(statistics, _LEAST_MAXIMUM, jnp.float32),
+        jnp.full(statistics, LEAST_MAXIMUM, jnp.float32),
         jnp.zeros(statistics, jnp.float32),
     )
 
@@ -249,8 +219,8 @@ def _backward(plan: _Plan, residuals: tuple, d_out: Array) -> tuple:
     query, key, value, bias, start, end, out, logsum = residuals
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     operands = _Operands.padded(plan, query, key, value, bias, start, end)
-    d_out = _pad(d_out.astype(value.dtype), 1, plan.padded_q_len)
-    delta = _pad(delta, 2, plan.padded_q_len)
+    d_out = pad(d_out.astype(value.dtype), 1, plan.padded_q_len)
+    delta = pad(delta, 2, plan.padded_q_len)
     carry = (
         jnp.zeros(operands.query.shape, jnp.float32),
         jnp.zeros(operands.key.shape, jnp.float32),
@@ -369,17 +339,17 @@ class _Operands:
     ) -> "_Operands":
         q_len, kv_len = plan.padded_q_len, plan.padded_kv_len
         if plan.bias == "dense":
-            bias = _pad(_pad(bias, 1, q_len), 2, kv_len)
+            bias = pad(pad(bias, 1, q_len), 2, kv_len)
         elif plan.bias == "diagonals":
             more = (q_len - plan.q_len, kv_len - plan.kv_len)
             bias = jnp.pad(bias, ((0, 0), more)) if any(more) else bias
         return cls(
-            _pad(query, 1, q_len),
-            _pad(key, 1, kv_len),
-            _pad(value, 1, kv_len),
+            pad(query, 1, q_len),
+            pad(key, 1, kv_len),
+            pad(value, 1, kv_len),
             bias,
-            _pad(start, 1, q_len),
-            _pad(end, 1, q_len),
+            pad(start, 1, q_len),
+            pad(end, 1, q_len),
         )
 
 
@@ -527,11 +497,3 @@ def _zero() -> Array:
 def _merge_turned(x: Array) -> Array:
     """[B, K, bk, G, bq] -> [B, K, bk, G * bq]."""
     return x.reshape(*x.shape[:3], -1)
-
-
-def _pad(x: Array, axis: int, length: int) -> Array:
-    """Returns `x` with zeros up to `length` on one axis."""
-    more = length - x.shape[axis]
-    if not more:
-        return x
-    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])

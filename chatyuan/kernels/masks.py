@@ -81,6 +81,22 @@ class AttentionMask:
         return _matching_interval(marked, marked)[1]
 
 
+def visible_hull(start: Array, end: Array, q_block: int) -> tuple[Array, Array]:
+    """Returns (first, last + 1) key that a query of each block sees, int32 [B, T / bq].
+
+    A block that sees nothing has its last before its first.
+
+    Args:
+        start: int32 [B, T], T a multiple of `q_block`.
+        end: int32 [B, T].
+        q_block: bq.
+    """
+    blocks = (start.shape[0], -1, q_block)
+    sees = end > start
+    low = jnp.min(jnp.where(sees, start, jnp.iinfo(jnp.int32).max).reshape(blocks), axis=2)
+    return low, jnp.max(jnp.where(sees, end, 0).reshape(blocks), axis=2)
+
+
 def _matching_interval(query_BT: Array, key_BS: Array) -> tuple[Array, Array]:
     """Returns first and last + 1 index of the keys whose non-zero id equals the query's.
 

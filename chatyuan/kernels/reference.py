@@ -10,6 +10,9 @@ Array = jax.Array
 
 # Finite, so that a row without keys gives a uniform softmax that can be zeroed instead of NaN.
 MASKED_SCORE = -1e30
+# Where an online softmax starts: above MASKED_SCORE, below any score, so that exp(masked - this) is
+# 0 also in rows without keys.
+LEAST_MAXIMUM = 1e-5 * MASKED_SCORE
 
 
 def reference_attention(

@@ -73,6 +73,13 @@ class RelativePositionBias:
         )
         return _window(values, self.query_offset, q_len, kv_len)
 
+    def constant_beyond(self) -> tuple[int, int] | None:
+        """Returns (a, b) if the bias is constant over `key - query` <= a, and over >= b."""
+        if not isinstance(self.query_offset, int):
+            return None
+        ahead = self.max_distance if self.bidirectional else 0
+        return self.query_offset - self.max_distance, self.query_offset + ahead
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +103,10 @@ class AlibiBias:
         rising = jnp.arange(q_len + kv_len - 1, dtype=jnp.int32) - (q_len - 1)
         distance = jnp.abs(rising - jnp.asarray(self.query_offset, jnp.int32)).astype(jnp.float32)
         return -jax.lax.stop_gradient(self.slopes)[:, None] * distance[None]
+
+    def constant_beyond(self) -> tuple[int, int] | None:
+        """Returns None: the bias goes on falling."""
+        return None
 
 
 @jax.tree_util.register_dataclass

@@ -25,7 +25,7 @@ from chatyuan.kernels import (
     prepare,
     select_implementation,
 )
-from chatyuan.kernels.blocked import block_sizes_for
+from chatyuan.kernels.block_sizes import block_sizes_for
 
 B, N, H, BUCKETS = 2, 4, 8, 8
 
@@ -287,5 +287,6 @@ def test_blocks_belong_to_xla():
         dot_product_attention(
             x, x, x, scale=1.0, implementation="dense", block_sizes=BlockSizes(16, 16)
         )
-    assert not block_sizes_for("cpu", 64, "float32").together
-    assert block_sizes_for("NVIDIA H100 80GB HBM3", 128, "bfloat16").together
+    sizes = functools.partial(block_sizes_for, "xla", head_dim=64, dtype="float32")
+    assert not sizes(device_kind="cpu").together
+    assert sizes(device_kind="NVIDIA H100 80GB HBM3").together
