@@ -1,15 +1,21 @@
-"""Attention forward and backward: blocked (`xla`) beside dense, and jax.nn's on request.
+"""Attention forward and backward: blocked (`xla`) beside dense; kernels and jax.nn's on request.
 
     python benchmarks/attention.py [--check] [--shapes NAME ...] [--systems dense xla jax]
+    python benchmarks/attention.py --tune
 
 Each system runs in a process of its own with the settings of run.py; they take turns. What is timed
 is one compiled call that returns the gradients of query, key and value, and of T5's table where the
 shape has one; masks are run-time data. Temporary bytes are those that XLA plans for that call.
-`--blocks 256 512` times `xla` with other square blocks, too, to choose `blocked.BLOCK_SIZES`.
+`--blocks 256 512` times `xla` with other square blocks, too.
+
+`--tune` times candidate blocks of the present device's kernel (on a CPU, of `xla`) and prints the
+fastest as entries to paste into `chatyuan/kernels/block_sizes.py`.
 """
 
 import argparse
 import dataclasses
+import itertools
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -60,18 +66,17 @@ def describe(name: str) -> str:
 # ----------------------------------------------------------------------------------------- worker
 
 
-def system_call(system: str, shape: Shape) -> Callable[..., Any]:
-    """Returns attention(query, key, value, table, mask) of `dense`, `xla`, `xla:BLOCK` or `jax`."""
+def system_call(system: str, shape: Shape, block_sizes: Any = None) -> Callable[..., Any]:
+    """Returns attention(query, key, value, table, mask) of an implementation or of `jax`."""
     import jax
 
-    from chatyuan.kernels import BlockSizes, RelativePositionBias, dot_product_attention
+    from chatyuan.kernels import RelativePositionBias, dot_product_attention
 
     def ours(query: Any, key: Any, value: Any, table: Any, mask: Any) -> Any:
-        name, _, block = system.partition(":")
         return dot_product_attention(
-            query, key, value, scale=1.0, mask=mask, implementation=name,
+            query, key, value, scale=1.0, mask=mask, implementation=system,
             bias=RelativePositionBias(table, True) if shape.bias else None,
-            block_sizes=BlockSizes(int(block), int(block)) if block else None,
+            block_sizes=block_sizes,
         )  # fmt: skip
 
     def theirs(query: Any, key: Any, value: Any, table: Any, mask: Any) -> Any:
@@ -91,8 +96,10 @@ def system_call(system: str, shape: Shape) -> Callable[..., Any]:
     return theirs if system == "jax" else ours
 
 
-def build(system: str, shape: Shape, dtype: str) -> tuple[Any, tuple]:
-    """Returns the compiled call and its arguments."""
+def build(
+    system: str, shape: Shape, dtype: str, block_sizes: Any = None, *, forward_only: bool = False
+) -> tuple[Any, tuple]:
+    """Returns the compiled call and its arguments; the call returns gradients, or the output."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -112,17 +119,19 @@ def build(system: str, shape: Shape, dtype: str) -> tuple[Any, tuple]:
         "causal": AttentionMask(causal=True),
         "packed": AttentionMask(causal=True, query_segment_ids=segments, key_segment_ids=segments),
     }[shape.mask]
-    start, end = mask.intervals(shape.batch, shape.length, shape.length)
-    mask = AttentionMask(key_start=start, key_end=end)
-    attention = system_call(system, shape)
+    if system != "cudnn":  # It knows masks by name only.
+        start, end = mask.intervals(shape.batch, shape.length, shape.length)
+        mask = AttentionMask(key_start=start, key_end=end)
+    attention = system_call(system, shape, block_sizes)
 
     def loss(query: Any, key: Any, value: Any, table: Any, mask: Any) -> Any:
         out = attention(query, key, value, table, mask)
         return jnp.sum(out.astype(jnp.float32) * weight.astype(jnp.float32))
 
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3) if shape.bias else (0, 1, 2)))
+    gradient = jax.grad(loss, argnums=(0, 1, 2, 3) if shape.bias else (0, 1, 2))
     arguments = (query, key, value, table, mask)
-    return gradient.lower(*arguments).compile(), arguments
+    call = jax.jit(attention if forward_only else gradient)
+    return call.lower(*arguments).compile(), arguments
 
 
 def work(system: str, name: str, dtype: str) -> None:
@@ -133,7 +142,11 @@ def work(system: str, name: str, dtype: str) -> None:
     import jax
 
     _host.imported()
-    call, arguments = build(system, SHAPES[name], dtype)
+    from chatyuan.kernels import BlockSizes
+
+    system, _, block = system.partition(":")
+    sizes = BlockSizes(int(block), int(block)) if block else None
+    call, arguments = build(system, SHAPES[name], dtype, sizes)
     for _ in range(2):
         jax.block_until_ready(call(*arguments))
     common.reply(temp=call.memory_analysis().temp_size_in_bytes)
@@ -141,6 +154,99 @@ def work(system: str, name: str, dtype: str) -> None:
         begin = time.perf_counter()
         jax.block_until_ready(call(*arguments))
         common.reply(seconds=[time.perf_counter() - begin])
+
+
+# ----------------------------------------------------------------------------------------- tuning
+
+# Platform -> what is tuned there; blocks of queries, blocks of keys, warps, stages; calls tried.
+TUNED = {
+    "cpu": ("xla", (256, 512), (256, 512), (4,), (2,), ((64, "float32"),)),
+    "gpu": (
+        "pallas_gpu", (32, 64, 128), (32, 64, 128), (4, 8), (2, 3),
+        tuple(itertools.product((64, 128), ("bfloat16", "float32"))),
+    ),
+    "tpu": (
+        "pallas_tpu", (128, 256, 512), (128, 256, 512, 1024), (4,), (2,),
+        tuple(itertools.product((64, 128), ("bfloat16", "float32"))),
+    ),
+}  # fmt: skip
+
+
+def entry(name: str, kind: str, head_dim: int, dtype: str, sizes: Any) -> str:
+    """The line of `BLOCK_SIZES`, without what is a default."""
+
+    def text(sizes: Any) -> str:
+        more = [
+            f"{field.name}={text(value) if field.name == 'backward' else value}"
+            for field in dataclasses.fields(sizes)[2:]
+            if (value := getattr(sizes, field.name)) != field.default
+        ]
+        return f"BlockSizes({', '.join([str(sizes.query), str(sizes.key), *more])})"
+
+    return f'("{name}", "{kind}", {head_dim}, "{dtype}"): {text(sizes)},'
+
+
+def fastest(
+    name: str, shape: Shape, dtype: str, candidates: list[Any], runs: int, *, forward_only: bool
+) -> Any:
+    """Returns the candidate of the lowest median; those that do not compile are named."""
+    import jax
+
+    medians = {}
+    for sizes in candidates:
+        try:
+            call, arguments = build(name, shape, dtype, sizes, forward_only=forward_only)
+            jax.block_until_ready(call(*arguments))
+        except Exception as error:  # Too much shared memory, for example: a kernel's own limits.
+            print(f"  {sizes}: {str(error).splitlines()[0][:120]}", flush=True)
+            continue
+        seconds = []
+        for _ in range(runs):
+            begin = time.perf_counter()
+            jax.block_until_ready(call(*arguments))
+            seconds.append(time.perf_counter() - begin)
+        medians[sizes] = statistics.median(seconds)
+        print(f"  {sizes}: {1e3 * medians[sizes]:.3f} ms", flush=True)
+    if not medians:
+        sys.exit(f"No candidate of {name} compiled for head_dim {shape.head_dim}, {dtype}.")
+    return min(medians, key=medians.get)
+
+
+def tune(runs: int) -> int:
+    """Times candidates on the present device and prints the entries to paste."""
+    import jax
+
+    from chatyuan.kernels import BlockSizes
+
+    platform, kind = jax.default_backend(), jax.devices()[0].device_kind
+    others = [tuned[0] for key, tuned in TUNED.items() if key != platform]
+    print(f"{', '.join(others)} cannot be tuned on this {platform} ({kind}).")
+    if platform not in TUNED:
+        return 1
+    name, queries, keys, warps, stages, calls = TUNED[platform]
+    candidates = list(itertools.starmap(
+        lambda query, key, warps, stages: BlockSizes(query, key, warps=warps, stages=stages),
+        itertools.product(queries, keys, warps, stages),
+    ))  # fmt: skip
+    entries = []
+    for head_dim, dtype in calls:
+        small = platform == "cpu"
+        shape = Shape(1 if small else 8, 1024 if small else 2048, "causal", True, None,
+                      8, head_dim)  # fmt: skip
+        print(f"{name}, head_dim {head_dim}, {dtype}, {shape.length} tokens, causal, T5 bias")
+        if name == "pallas_gpu":
+            print(" forward")
+            forward = fastest(name, shape, dtype, candidates, runs, forward_only=True)
+            candidates_backward = [
+                dataclasses.replace(forward, backward=sizes) for sizes in candidates
+            ]
+            print(" forward and backward")
+            best = fastest(name, shape, dtype, candidates_backward, runs, forward_only=False)
+        else:
+            best = fastest(name, shape, dtype, candidates, runs, forward_only=False)
+        entries.append(entry(name, kind, head_dim, dtype, best))
+    print("Entries for BLOCK_SIZES, before those that match more:", *entries, sep="\n    ")
+    return 0
 
 
 # -------------------------------------------------------------------------------------- benchmark
@@ -167,8 +273,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common.add_common_flags(parser)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(DEFAULT))
-    parser.add_argument("--systems", nargs="+", choices=("dense", "xla", "jax"),
-                        default=["dense", "xla"])  # fmt: skip
+    parser.add_argument(
+        "--systems", nargs="+", default=["dense", "xla"],
+        choices=("dense", "xla", "pallas_gpu", "pallas_tpu", "cudnn", "jax"),
+    )  # fmt: skip
+    parser.add_argument("--tune", action="store_true", help="print block sizes for this device")
     parser.add_argument("--blocks", nargs="+", type=int, default=[], metavar="SIZE")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -176,6 +285,8 @@ def main() -> int:
     if arguments.worker:
         work(*arguments.worker)
         return 0
+    if arguments.tune:
+        return tune(arguments.runs)
     systems = [*arguments.systems, *(f"xla:{block}" for block in arguments.blocks)]
     device, names, commit = common.device_name(), common.versions("jax"), common.commit()
     common.print_configuration(

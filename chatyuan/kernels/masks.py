@@ -30,6 +30,7 @@ class AttentionMask:
             self-attention (query index = key index); replaces `causal`.
         query_segment_ids: [B, T], 0 = padding: sees nothing. Equal ids are contiguous.
         key_segment_ids: [B, S], 0 = padding: seen by nobody. A query sees keys of its own id.
+        key_lengths: [B], keys from this index on are padding.
         key_start, key_end: [B, T] the interval itself.
     """
 
@@ -39,6 +40,7 @@ class AttentionMask:
     prefix_tokens: Array | None = None
     query_segment_ids: Array | None = None
     key_segment_ids: Array | None = None
+    key_lengths: Array | None = None
     key_start: Array | None = None
     key_end: Array | None = None
 
@@ -63,6 +65,8 @@ class AttentionMask:
         if self.window is not None:
             start = jnp.maximum(start, index_T - self.window)
             end = jnp.minimum(end, index_T + self.window + 1)
+        if self.key_lengths is not None:
+            end = jnp.minimum(end, self.key_lengths[:, None])
         if self.key_start is not None:
             start = jnp.maximum(start, self.key_start)
         if self.key_end is not None:

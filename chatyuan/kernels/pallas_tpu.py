@@ -31,19 +31,17 @@ from chatyuan.kernels.block_sizes import BlockSizes, block_sizes_for
 from chatyuan.kernels.masks import AttentionMask
 from chatyuan.kernels.products import pad
 from chatyuan.kernels.reference import LEAST_MAXIMUM, MASKED_SCORE
-from chatyuan.kernels.relative_bias import AlibiBias, Bias, DenseBias
-from chatyuan.kernels.tiles import Tiling
+from chatyuan.kernels.relative_bias import AlibiBias, Bias
+from chatyuan.kernels.tiles import TPU_TILE, Tiling
 
 Array = jax.Array
 Ref = Any  # inside a kernel: read and written by indexing
 
 _LOG2E = math.log2(math.e)
-_LANES = 128
+_LANES = TPU_TILE
 # Keys that are multiplied at once: while one part of a block is multiplied, the exponentials of the
 # one before can run.
 _PART = 256
-# Tiles of a bias and of its gradient are both held twice in the 16 MiB of VMEM that a kernel gets.
-_MOST_TILES = 32
 
 
 def pallas_tpu_attention(
@@ -67,22 +65,16 @@ def pallas_tpu_attention(
         key_BSKH: [B, S, K, H].
         value_BSKH: [B, S, K, H].
         mask: what each query sees; None: every key.
-        bias: None, or one by distance.
+        bias: None, or one by distance whose tiles fit (see `attention`, which checks the call).
         scale: factor on the scores.
         block_sizes: multiples of 128; interpreted, also less. None: those of `BLOCK_SIZES`.
         interpret: run the kernels without a TPU.
 
     Raises:
-        UserError: the bias is an array or has too many tiles, or the blocks do not suit a TPU.
+        UserError: the blocks do not suit a TPU.
     """
     batch, q_len, heads, head_dim = query_BTNH.shape
     kv_len, kv_heads = key_BSKH.shape[1:3]
-    if isinstance(bias, DenseBias):
-        raise UserError(
-            f"Attention implementation 'pallas_tpu' was given a bias array of shape "
-            f"{bias.values.shape}, but makes the bias from the distance of key and query: give a "
-            "RelativePositionBias or an AlibiBias, or name implementation='xla'."
-        )
     if block_sizes is None:
         block_sizes = block_sizes_for(
             "pallas_tpu",
@@ -100,7 +92,6 @@ def pallas_tpu_attention(
         if bias is not None and not isinstance(bias, AlibiBias):
             side = math.gcd(_LANES, q_block, kv_block)
             tiles = Tiling(q_len, kv_len, side, side, bias.constant_beyond())
-            _check_stack(tiles)
         blocks = Tiling(q_len, kv_len, q_block, kv_block)
         return _Pass(blocks, tiles, heads // kv_heads, scale, interpret)
 
@@ -133,17 +124,6 @@ def _even_block(length: int, largest: int, interpret: bool) -> int:
     multiple = min(_LANES, largest)
     blocks = -(-length // largest)
     return -(-length // (blocks * multiple)) * multiple
-
-
-def _check_stack(tiles: Tiling) -> None:
-    """Raises UserError where the tiles of a bias do not fit into VMEM."""
-    if tiles.tiles > _MOST_TILES:
-        raise UserError(
-            f"The bias needs {tiles.tiles} tiles of {tiles.q_block} x {tiles.kv_block} distances, "
-            f"but attention implementation 'pallas_tpu' holds at most {_MOST_TILES}: give a "
-            "smaller max_distance or a query_offset that is a Python int, or name "
-            "implementation='xla'."
-        )
 
 
 class _Operands(NamedTuple):

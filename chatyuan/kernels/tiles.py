@@ -19,6 +19,10 @@ from chatyuan.kernels.relative_bias import toeplitz
 
 Array = jax.Array
 
+# Side of a TPU's tiles, and how many fit into the 16 MiB of VMEM that a kernel gets, where tiles
+# and their gradient are both held twice.
+TPU_TILE, TPU_MOST_TILES = 128, 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:

@@ -1,10 +1,18 @@
 """Multi-head attention: projections, rotary positions, QK-norm; the kernel does the scores."""
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from chatyuan.kernels import AttentionMask, Bias, attention_on
+from chatyuan.kernels import (
+    AlibiBias,
+    AttentionMask,
+    Bias,
+    RelativePositionBias,
+    attention_on,
+    select_implementation,
+)
 from chatyuan.models.config import ModelConfig
 from chatyuan.models.initializers import normal
 from chatyuan.models.layers import Linear, RMSNorm
@@ -78,3 +86,30 @@ class Attention(nnx.Module):
 
     def _split_heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+
+
+def training_implementation(config: ModelConfig, length: int, platform: str) -> tuple[str, str]:
+    """Returns (name, why) of the self-attention of rows of `length` tokens, packed or padded.
+
+    Args:
+        config: of the model.
+        length: tokens of a row.
+        platform: as jax names it.
+    """
+    heads, bias = config.num_heads, None
+    if config.position.startswith("relative_bias"):
+        table = np.zeros((heads, config.relative_attention_num_buckets), np.float32)
+        bias = RelativePositionBias(table, bidirectional=True)
+    elif config.position == "alibi":
+        bias = AlibiBias(np.zeros((heads,), np.float32))
+    segments = np.ones((1, length), np.int32)
+    return select_implementation(
+        config.attention_implementation,
+        platform=platform,
+        q_len=length,
+        kv_len=length,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
+        mask=AttentionMask(query_segment_ids=segments, key_segment_ids=segments),
+        bias=bias,
+    )

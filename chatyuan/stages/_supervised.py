@@ -23,6 +23,7 @@ from chatyuan.decode.config import DecodeConfig
 from chatyuan.errors import UserError, did_you_mean
 from chatyuan.metrics import Writer, quantity
 from chatyuan.models import Model, build
+from chatyuan.models.attention import training_implementation
 from chatyuan.models.config import ModelConfig, flops_per_example
 from chatyuan.models.loss import LossConfig, eval_loss, supervised_loss
 from chatyuan.stages import _run_folder, _samples
@@ -243,6 +244,11 @@ def facts(parts: Parts) -> dict[str, Any]:
     first, second = parts.loader.utilisation()
     used = f"{first:.1%}" if parts.loader.objective.decoder_only else f"{first:.1%} / {second:.1%}"
     shape = {axis: size for axis, size in parts.mesh.shape.items() if size > 1} or {"data": 1}
+    # A prefix LM attends over the joined row; of an encoder-decoder's two, the longer says more.
+    join = sum if parts.loader.objective.decoder_only else max
+    implementation, reason = training_implementation(
+        config.model, join((data.input_length, data.target_length)), jax.default_backend()
+    )
     return {
         "parameters": parts.model.num_params,
         "batch": f"{data.batch_size} x ({data.input_length} + {data.target_length}) = "
@@ -250,6 +256,7 @@ def facts(parts: Parts) -> dict[str, Any]:
         "FLOPs per step": quantity(flops_per_step(parts)),
         "FLOPs per token": quantity(flops_per_step(parts) / tokens),
         "steps": config.loop.train_steps,
+        "attention": f"{implementation} ({reason})",
         "devices": f"{parts.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape}",
     }
 

@@ -17,7 +17,9 @@ from chatyuan.kernels import (
 )
 
 B, T, S, N, H = 2, 5, 7, 4, 3
-OTHERS = [name for name in IMPLEMENTATIONS if name != "reference"]
+# Those that a CPU runs, Pallas kernels as ordinary operations.
+TESTED = ["reference", "dense", "xla", "pallas_gpu"]
+OTHERS = TESTED[1:]
 START = np.array([[0, 0, 1, 2, 3], [0, 0, 0, 0, 4]], np.int32)
 END = np.array([[1, 7, 4, 3, 3], [2, 5, 7, 0, 7]], np.int32)  # rows (0, 4) and (1, 3) see nothing
 EMPTY = END <= START
@@ -30,6 +32,11 @@ def arrays(kv_heads=N, dtype=np.float32):
     key, value = (rng.normal(size=(B, S, kv_heads, H)).astype(dtype) for _ in range(2))
     table = rng.normal(size=(N, 8)).astype(np.float32)
     return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), jnp.asarray(table)
+
+
+def how(implementation):
+    """Options of a call."""
+    return {"implementation": implementation, "interpret": implementation.startswith("pallas")}
 
 
 def t5_bias(table):
@@ -49,13 +56,13 @@ def loops(query, key, value, bias_NTS, scale):
     return out
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", TESTED)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_attention_is_its_definition(implementation, kv_heads):
     query, key, value, table = arrays(kv_heads)
     bias = t5_bias(table)
     got = dot_product_attention(
-        query, key, value, mask=MASK, bias=bias, scale=0.7, implementation=implementation
+        query, key, value, mask=MASK, bias=bias, scale=0.7, **how(implementation)
     )
     dense = np.asarray(bias.dense(T, S), np.float64)
     as_numpy = [np.asarray(x, np.float64) for x in (query, key, value)]
@@ -75,7 +82,7 @@ def gradients(implementation, kv_heads, with_bias, with_mask, dtype=np.float32):
             mask=MASK if with_mask else None,
             bias=t5_bias(table) if with_bias else None,
             scale=0.7,
-            implementation=implementation,
+            **how(implementation),
         )
         assert out.dtype == value.dtype
         return jnp.sum(out.astype(jnp.float32) * weight)
@@ -96,7 +103,7 @@ def test_gradients_equal_the_references(implementation, kv_heads, with_bias, wit
         np.testing.assert_allclose(got, want, atol=1e-5 * max(1.0, float(jnp.abs(want).max())))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", TESTED)
 def test_rows_without_keys_send_no_gradient(implementation):
     query, key, value, table = arrays()
 
@@ -108,7 +115,7 @@ def test_rows_without_keys_send_no_gradient(implementation):
             mask=MASK,
             bias=t5_bias(table),
             scale=1.0,
-            implementation=implementation,
+            **how(implementation),
         )
         return jnp.sum(jnp.where(EMPTY[:, :, None, None], out + out**2, 0.0))
 
@@ -116,7 +123,7 @@ def test_rows_without_keys_send_no_gradient(implementation):
         np.testing.assert_array_equal(gradient, 0.0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", TESTED)
 def test_softmax_identities_of_the_table(implementation):
     """A constant added to the table changes nothing, so its gradient sums to 0 for every head."""
     query, key, value, table = arrays()
@@ -130,14 +137,14 @@ def test_softmax_identities_of_the_table(implementation):
             mask=MASK,
             bias=t5_bias(entries),
             scale=1.0,
-            implementation=implementation,
+            **how(implementation),
         )
         for entries in (table, table + 3.0)
     )
     np.testing.assert_allclose(out, shifted, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", TESTED)
 def test_bfloat16_stays_close_to_float32(implementation):
     _, grads = gradients(implementation, N, True, True, jnp.bfloat16)
     _, expected = gradients("reference", N, True, True)

@@ -47,6 +47,10 @@ CASES = {
         AttentionMask(causal=True, prefix_lengths=LENGTHS),
         lambda b, q, k: k <= q or k < LENGTHS[b],
     ),
+    "key_lengths": (
+        AttentionMask(causal=True, key_lengths=LENGTHS),
+        lambda b, q, k: k <= q and k < LENGTHS[b],
+    ),
     "segments": (
         AttentionMask(query_segment_ids=SEGMENTS, key_segment_ids=SEGMENTS),
         same,

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from chatyuan.kernels import (
     AlibiBias,
     AttentionMask,
+    BlockSizes,
     DenseBias,
     RelativePositionBias,
     dot_product_attention,
@@ -86,6 +87,13 @@ def test_eight_devices_equal_one(mesh, kind):
 @pytest.mark.parametrize("kind", ["one_sided", "array"])
 def test_context_parallel_with_every_bias(implementation, kind):
     compare(make_mesh({"sequence": 8}), implementation, kind, True, (32, 32), 4)
+
+
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_tpu"])
+@pytest.mark.parametrize("mesh", ["rows_heads_queries", "fsdp_context"])
+def test_kernels_run_on_every_device(implementation, mesh):
+    blocks = {"interpret": True, "block_sizes": BlockSizes(16, 16)}
+    compare(make_mesh(MESHES[mesh]), implementation, "two_sided", True, (32, 32), 2, **blocks)
 
 
 def test_cross_attention_with_queries_split():

@@ -1,5 +1,6 @@
 """A T5 1.1 learns the same with every implementation of attention."""
 
+import dataclasses
 import functools
 
 import jax
@@ -28,13 +29,12 @@ OPTIONS = {
 def losses(implementation, monkeypatch):
     """Mean loss of each of 50 steps on four batches in turn."""
 
-    def named(mesh):
-        options = {"implementation": implementation, **OPTIONS.get(implementation, {})}
-        attend = attention_on(mesh)
-        return lambda *operands, **given: attend(*operands, **(given | options))
+    def with_options(mesh):
+        return functools.partial(attention_on(mesh), **OPTIONS.get(implementation, {}))
 
-    monkeypatch.setattr(attention, "attention_on", named)
-    model = build(KINDS["t5_1_1"])
+    monkeypatch.setattr(attention, "attention_on", with_options)
+    config = dataclasses.replace(KINDS["t5_1_1"], attention_implementation=implementation)
+    model = build(config)
     schedule = make_schedule(ScheduleConfig(name="constant", learning_rate=3e-3))
     optimizer = make_optimizer(
         OptimizerConfig(name="adafactor"), schedule, model.abstract_params(), model.logical_axes()

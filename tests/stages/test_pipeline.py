@@ -252,6 +252,7 @@ def test_a_dry_run_shows_rows_with_what_is_learned_in_brackets(shop, capsys):
     assert decoder and all("[" in line.split(": ", 1)[1].split()[0] for line in decoder)
     for fact in ("parameters: ", "FLOPs per token: ", "memory per device: ", "disk per checkpoint"):
         assert fact in out
+    assert "attention: dense (" in out and " keys on cpu: at most" in out
 
 
 def test_a_stage_that_reads_a_cache_imports_neither_tensorflow_nor_seqio(shop, pretrained):
