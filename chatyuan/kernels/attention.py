@@ -52,6 +52,7 @@ def select_implementation(
     dtype: str = "float32",
     mask: AttentionMask | None = None,
     bias: Bias | None = None,
+    placed: bool = True,
 ) -> tuple[str, str]:
     """Returns (name, why it was chosen); a pure function of its arguments.
 
@@ -65,6 +66,8 @@ def select_implementation(
         dtype: of query, key and value, by name.
         mask: its kind counts, not its arrays.
         bias: likewise.
+        placed: whether the call is one device's, by itself or by `sharded_attention`. Otherwise
+            arrays may be split, and XLA's partitioner cannot look into a kernel.
 
     Raises:
         UserError: the named implementation does not exist.
@@ -91,6 +94,8 @@ def select_implementation(
                 mask=mask,
                 bias=bias,
             )
+            if reason is None and name in _PALLAS and not placed:
+                reason = "arrays may be split over devices, and no mesh says how"
             if reason is None:
                 return name, f"{shape}{refused}"
             refused += f"; not {name}: {reason}"
@@ -207,7 +212,7 @@ def dot_product_attention(
         "mask": mask,
         "bias": bias,
     }
-    name, reason = select_implementation(implementation, **call)
+    name, reason = select_implementation(implementation, placed=_is_placed(), **call)
     options: dict[str, Any] = {}
     if block_sizes is not None:
         if name not in _WITH_BLOCKS:
@@ -232,6 +237,11 @@ def dot_product_attention(
             "implementation=None to choose by platform, or name 'xla', which runs everywhere."
         )
     return _function(name)(query, key, value, mask=mask, bias=bias, scale=scale, **options)
+
+
+def _is_placed() -> bool:
+    """Whether the call being traced is one device's."""
+    return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _function(name: str) -> Callable[..., Array]:

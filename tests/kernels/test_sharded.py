@@ -15,8 +15,10 @@ from chatyuan.kernels import (
     DenseBias,
     RelativePositionBias,
     dot_product_attention,
+    select_implementation,
     sharded_attention,
 )
+from chatyuan.kernels.attention import _is_placed
 from chatyuan.sharding import make_mesh
 
 B, N, H = 4, 8, 4
@@ -99,6 +101,23 @@ def test_kernels_run_on_every_device(implementation, mesh):
 def test_cross_attention_with_queries_split():
     mesh = make_mesh(MESHES["rows_heads_queries"])
     compare(mesh, "xla", "none", False, (16, 40), 4)
+
+
+def test_without_a_mesh_no_kernel_is_chosen_for_several_devices():
+    """Generation from split parameters, for one: XLA cannot partition a kernel."""
+    call = {"platform": "tpu", "q_len": 512, "kv_len": 512}
+    assert select_implementation(**call)[0] == "pallas_tpu"
+    name, reason = select_implementation(**call, placed=False)
+    assert name == "dense" and "not pallas_tpu: arrays may be split" in reason
+    assert not _is_placed()
+    seen = []
+    mesh = make_mesh({"data": 8})
+    spec = PartitionSpec("data")
+    inside = jax.shard_map(
+        lambda x: seen.append(_is_placed()) or x, mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    jax.jit(inside)(jnp.zeros(8))
+    assert seen and all(seen)
 
 
 def test_results_stay_where_their_queries_are_and_scores_are_never_whole():
