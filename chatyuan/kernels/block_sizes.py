@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
@@ -70,3 +72,13 @@ def block_sizes_for(
         ):
             return sizes
     raise KeyError(f"no block sizes of {implementation!r}")
+
+
+def block_sizes_of(implementation: str, query_BTNH: jax.Array) -> BlockSizes:
+    """Returns the entry of `BLOCK_SIZES` for queries [B, T, N, H] on the present device."""
+    return block_sizes_for(
+        implementation,
+        device_kind=jax.devices()[0].device_kind,
+        head_dim=query_BTNH.shape[3],
+        dtype=query_BTNH.dtype.name,
+    )

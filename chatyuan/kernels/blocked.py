@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chatyuan.kernels.block_sizes import BlockSizes, block_sizes_for
+from chatyuan.kernels.block_sizes import BlockSizes, block_sizes_of
 from chatyuan.kernels.masks import AttentionMask, visible_hull
 from chatyuan.kernels.products import pad, product, rows
 from chatyuan.kernels.reference import LEAST_MAXIMUM, MASKED_SCORE
 from chatyuan.kernels.relative_bias import Bias, DenseBias, toeplitz, toeplitz_sum
+from chatyuan.kernels.tiles import Tiling
 
 Array = jax.Array
 
@@ -52,10 +53,7 @@ def blocked_attention(
     batch, q_len, heads, head_dim = query_BTNH.shape
     kv_len, kv_heads = key_BSKH.shape[1:3]
     if block_sizes is None:
-        kind = jax.devices()[0].device_kind
-        block_sizes = block_sizes_for(
-            "xla", device_kind=kind, head_dim=head_dim, dtype=query_BTNH.dtype.name
-        )
+        block_sizes = block_sizes_of("xla", query_BTNH)
     group = heads // kv_heads
     plan = _Plan(
         batch=batch,
@@ -85,35 +83,15 @@ def _even_block(length: int, largest: int) -> int:
     return -(-length // (blocks * _MULTIPLE)) * _MULTIPLE
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan(Tiling):
     """The static side of a call: shapes, blocks and the order in which blocks are visited."""
 
     batch: int
     kv_heads: int
     group: int
-    q_len: int
-    kv_len: int
-    q_block: int
-    kv_block: int
     together: bool
     bias: str
-
-    @property
-    def q_blocks(self) -> int:
-        return -(-self.q_len // self.q_block)
-
-    @property
-    def kv_blocks(self) -> int:
-        return -(-self.kv_len // self.kv_block)
-
-    @property
-    def padded_q_len(self) -> int:
-        return self.q_blocks * self.q_block
-
-    @property
-    def padded_kv_len(self) -> int:
-        return self.kv_blocks * self.kv_block
 
     @property
     def rows(self) -> int:

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from chatyuan.errors import UserError
-from chatyuan.kernels.block_sizes import BlockSizes, block_sizes_for
+from chatyuan.kernels.block_sizes import BlockSizes, block_sizes_of
 from chatyuan.kernels.gpu_blocks import (
     LEFT,
     LOG2E,
@@ -86,12 +86,7 @@ def pallas_gpu_attention(
     batch, q_len, heads, head_dim = query_BTNH.shape
     kv_len, kv_heads = key_BSKH.shape[1:3]
     if block_sizes is None:
-        block_sizes = block_sizes_for(
-            "pallas_gpu",
-            device_kind=jax.devices()[0].device_kind,
-            head_dim=head_dim,
-            dtype=query_BTNH.dtype.name,
-        )
+        block_sizes = block_sizes_of("pallas_gpu", query_BTNH)
 
     def a_pass(sizes: BlockSizes) -> Pass:
         for size in (sizes.query, sizes.key):

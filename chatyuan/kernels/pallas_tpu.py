@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from chatyuan.errors import UserError
-from chatyuan.kernels.block_sizes import BlockSizes, block_sizes_for
+from chatyuan.kernels.block_sizes import BlockSizes, block_sizes_of
 from chatyuan.kernels.masks import AttentionMask
 from chatyuan.kernels.products import pad
 from chatyuan.kernels.reference import LEAST_MAXIMUM, MASKED_SCORE
@@ -76,12 +76,7 @@ def pallas_tpu_attention(
     batch, q_len, heads, head_dim = query_BTNH.shape
     kv_len, kv_heads = key_BSKH.shape[1:3]
     if block_sizes is None:
-        block_sizes = block_sizes_for(
-            "pallas_tpu",
-            device_kind=jax.devices()[0].device_kind,
-            head_dim=head_dim,
-            dtype=query_BTNH.dtype.name,
-        )
+        block_sizes = block_sizes_of("pallas_tpu", query_BTNH)
 
     def a_pass(sizes: BlockSizes) -> _Pass:
         q_block, kv_block = (
