@@ -30,6 +30,8 @@ _PALLAS = ("pallas_gpu", "pallas_tpu")
 _WITH_BLOCKS = ("xla", *_PALLAS)
 _PLATFORM = {"pallas_gpu": "gpu", "cudnn": "gpu", "pallas_tpu": "tpu"}
 _KERNEL_DTYPES = ("float32", "bfloat16", "float16")
+# Wider heads do not fit beside a block of scores.
+_KERNEL_HEAD_DIM = 256
 # What is tried in this order on each platform.
 _KERNELS = {"gpu": ("cudnn", "pallas_gpu"), "tpu": ("pallas_tpu",)}
 
@@ -130,6 +132,8 @@ def _refusal(
             return "it adds a bias by distance, and a DenseBias is an array"
         if dtype not in _KERNEL_DTYPES:
             return f"query, key and value must all be {', '.join(_KERNEL_DTYPES)}, not {dtype}"
+        if head_dim > _KERNEL_HEAD_DIM:
+            return f"head_dim must be at most {_KERNEL_HEAD_DIM}, not {head_dim}"
     if name == "pallas_tpu" and isinstance(bias, RelativePositionBias):
         needed = Tiling(q_len, kv_len, TPU_TILE, TPU_TILE, bias.constant_beyond()).tiles
         if needed > TPU_MOST_TILES:

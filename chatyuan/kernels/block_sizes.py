@@ -16,6 +16,7 @@ class BlockSizes:
         warps: of `pallas_gpu`: warps of 32 threads that share a block.
         stages: of `pallas_gpu`: blocks in flight between memory and the tensor cores.
         backward: sizes of the backward pass; None: the same ones.
+        biased: sizes of the forward pass with a bias, whose tiles take memory; None: the same ones.
     """
 
     query: int
@@ -24,27 +25,38 @@ class BlockSizes:
     warps: int = 4
     stages: int = 2
     backward: "BlockSizes | None" = None
+    biased: "BlockSizes | None" = None
 
 
 # (implementation, start of the device kind, head_dim at most, dtype); None matches everything. The
 # first match counts. `benchmarks/attention.py --tune` prints the entries of the device it runs on.
-# Entries for GPUs are starting values after tokamax's published tuning data, not measured here: a
-# float32 block takes twice the shared memory and is not multiplied by tensor cores.
+# Those of `pallas_gpu` are not measured: they are large blocks whose kernels, compiled for each
+# device by `benchmarks/triton_compile.py`, keep nearly all values in registers and leave room for a
+# second program on a processor where that is possible. "NVIDIA H" is Hopper, where a program may
+# have 227 KiB of shared memory; on an A100 it may have 163 KiB, on the others 99.
 BLOCK_SIZES: dict[tuple[str, str | None, int | None, str | None], BlockSizes] = {
     ("xla", "cpu", None, None): BlockSizes(512, 512),
     ("xla", None, None, None): BlockSizes(256, 256, together=True),
-    ("pallas_gpu", None, 64, "float32"): BlockSizes(64, 32),
-    ("pallas_gpu", None, None, "float32"): BlockSizes(32, 32),
-    ("pallas_gpu", None, 64, None): BlockSizes(128, 64, stages=3, backward=BlockSizes(64, 64)),
-    ("pallas_gpu", "NVIDIA H100", 128, None): BlockSizes(
-        128, 128, warps=8, stages=3, backward=BlockSizes(64, 64, warps=8)
+    ("pallas_gpu", None, 64, "float32"): BlockSizes(32, 32),
+    ("pallas_gpu", None, 128, "float32"): BlockSizes(32, 16),
+    ("pallas_gpu", None, None, "float32"): BlockSizes(16, 16, warps=8),
+    ("pallas_gpu", None, 64, None): BlockSizes(
+        128, 64, stages=3, backward=BlockSizes(64, 64), biased=BlockSizes(64, 64)
     ),
-    ("pallas_gpu", None, 128, None): BlockSizes(
+    ("pallas_gpu", "NVIDIA H", 128, None): BlockSizes(
+        128,
+        128,
+        warps=8,
+        stages=3,
+        backward=BlockSizes(64, 64, warps=8),
+        biased=BlockSizes(128, 64, warps=8),
+    ),
+    ("pallas_gpu", "NVIDIA A100", 128, None): BlockSizes(
         128, 64, warps=8, backward=BlockSizes(64, 64, warps=8)
     ),
-    ("pallas_gpu", None, None, None): BlockSizes(
-        64, 64, warps=8, backward=BlockSizes(32, 32, warps=8)
-    ),
+    ("pallas_gpu", None, 128, None): BlockSizes(64, 64, backward=BlockSizes(64, 32)),
+    ("pallas_gpu", "NVIDIA H", None, None): BlockSizes(64, 32, warps=8),
+    ("pallas_gpu", None, None, None): BlockSizes(32, 32),
     ("pallas_tpu", None, None, None): BlockSizes(512, 512),
 }
 

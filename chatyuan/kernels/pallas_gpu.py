@@ -9,10 +9,13 @@ each row's sum, once by rows (d_query) and once by columns (d_key, d_value). Wha
 3. The gradient of the tiles needs no atomics, so two runs agree in every bit. Far blocks only need
    their sum, which the d_query pass has at hand; for the near diagonals a kernel of its own walks
    along each of them, over all rows of the batch, and keeps one [bq, bk] sum.
+
+Scores are kept in units of log 2, because the hardware's exponential has base 2.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +24,19 @@ from jax.experimental.pallas import triton as pltriton
 
 from chatyuan.errors import UserError
 from chatyuan.kernels.block_sizes import BlockSizes, block_sizes_of
-from chatyuan.kernels.gpu_blocks import (
-    LEFT,
-    LOG2E,
-    NEAR,
-    RIGHT,
-    Inputs,
-    Operands,
-    Pass,
-    Ref,
-    Residuals,
-    dot,
-    visible_keys,
-)
 from chatyuan.kernels.masks import AttentionMask
+from chatyuan.kernels.pallas_gpu_kernels import (
+    LOG2E,
+    Inputs,
+    Pass,
+    Residuals,
+    forward_kernel,
+    key_kernel,
+    query_kernel,
+    tile_kernel,
+)
 from chatyuan.kernels.products import pad
-from chatyuan.kernels.reference import LEAST_MAXIMUM
-from chatyuan.kernels.relative_bias import Bias, DenseBias
+from chatyuan.kernels.relative_bias import Bias
 from chatyuan.kernels.tiles import Tiling
 
 Array = jax.Array
@@ -70,19 +69,14 @@ def pallas_gpu_attention(
         key_BSKH: [B, S, K, H].
         value_BSKH: [B, S, K, H].
         mask: None: every key.
-        bias: None, or one by distance; a `DenseBias` has no tiles.
+        bias: None, or one by distance; `attention` refuses a `DenseBias`, which has no tiles.
         scale: factor on the scores.
         block_sizes: powers of two from 16 on; None: those of `block_sizes.BLOCK_SIZES`.
         interpret: run the kernels as ordinary operations, on any device.
 
     Raises:
-        UserError: the bias is an array, or a block is not a power of two.
+        UserError: a block is not a power of two.
     """
-    if isinstance(bias, DenseBias):
-        raise UserError(
-            f"pallas_gpu adds a bias by distance; a DenseBias of shape {bias.values.shape} is an "
-            "array: give the RelativePositionBias or AlibiBias itself, or use implementation='xla'."
-        )
     batch, q_len, heads, head_dim = query_BTNH.shape
     kv_len, kv_heads = key_BSKH.shape[1:3]
     if block_sizes is None:
@@ -100,20 +94,80 @@ def pallas_gpu_attention(
             for largest, length in ((sizes.query, q_len), (sizes.key, kv_len))
         )
         constant = None if bias is None else bias.constant_beyond()
-        params = pltriton.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages)
-        tiling = Tiling(q_len, kv_len, *blocks, constant)
-        return Pass(tiling, heads // kv_heads, scale, params, interpret)
+        return Pass(
+            Tiling(q_len, kv_len, *blocks, constant),
+            group=heads // kv_heads,
+            scale=scale,
+            warps=sizes.warps,
+            stages=sizes.stages,
+            interpret=interpret,
+        )
 
     start, end = (AttentionMask() if mask is None else mask).intervals(batch, q_len, kv_len)
     width = max(_LEAST, pl.next_power_of_2(head_dim))
-    operands = Operands(
+    operands = _Operands(
         *(pad(x, 3, width) for x in (query_BTNH, key_BSKH, value_BSKH)),
         bias=None if bias is None else bias.by_distance(q_len, kv_len),
         start=start,
         end=end,
     )
-    out = _attention(a_pass(block_sizes), a_pass(block_sizes.backward or block_sizes), operands)
-    return out[..., :head_dim]
+    forward, backward = block_sizes, block_sizes.backward or block_sizes
+    if bias is not None:
+        forward = block_sizes.biased or block_sizes
+    return _attention(a_pass(forward), a_pass(backward), operands)[..., :head_dim]
+
+
+class _Operands(NamedTuple):
+    """Arrays of a call: [B, T, N, H], twice [B, S, K, H], [N, T + S - 1] or None, twice [B, T]."""
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Array | None
+    start: Array
+    end: Array
+
+
+def _inputs(this: Pass, operands: _Operands) -> Inputs:
+    """Returns the operands in whole blocks, with the bounds of query blocks."""
+    tiling, (query, key, value, bias, start, end) = this.tiling, operands
+    return Inputs(
+        query=pad(query, 1, tiling.padded_q_len),
+        key=pad(key, 1, tiling.padded_kv_len),
+        value=pad(value, 1, tiling.padded_kv_len),
+        start=pad(start, 1, tiling.padded_q_len),
+        end=pad(end, 1, tiling.padded_q_len),
+        bounds=tiling.query_bounds(start, end),
+        tiles=None if bias is None else tiling.expand(bias) * LOG2E,
+    )
+
+
+def _run(
+    this: Pass,
+    kernel: Callable[..., None],
+    grid: tuple[int, ...],
+    inputs: Sequence[tuple[Any, Any]],
+    outputs: Sequence[tuple[tuple[int, ...], Any, pl.BlockSpec]],
+) -> Sequence[Array]:
+    """Returns the outputs of `kernel(this, *input refs, *output refs)`.
+
+    Args:
+        this: the pass.
+        kernel: the body.
+        grid: programs.
+        inputs: each a pytree of arrays and the same tree of specifications.
+        outputs: each a shape, a dtype and a specification.
+    """
+    return pl.pallas_call(
+        functools.partial(kernel, this),
+        grid=grid,
+        in_specs=[specs for _, specs in inputs],
+        out_specs=[spec for _, _, spec in outputs],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs],
+        compiler_params=pltriton.CompilerParams(num_warps=this.warps, num_stages=this.stages),
+        interpret=this.interpret,
+        name=f"attention_{kernel.__name__}",
+    )(*(arrays for arrays, _ in inputs))
 
 
 def _row_specs(this: Pass, inputs: Inputs) -> tuple[Inputs, pl.BlockSpec]:
@@ -140,19 +194,20 @@ def _row_specs(this: Pass, inputs: Inputs) -> tuple[Inputs, pl.BlockSpec]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(forward: Pass, backward: Pass, operands: Operands) -> Array:
+def _attention(forward: Pass, backward: Pass, operands: _Operands) -> Array:
     return _forward(forward, backward, operands)[0]
 
 
 # ----------------------------------------------------------------------------------------- forward
 
 
-def _forward(this: Pass, _: Pass, operands: Operands) -> tuple[Array, tuple]:
-    tiling, inputs = this.tiling, this.inputs(operands)
+def _forward(this: Pass, _: Pass, operands: _Operands) -> tuple[Array, tuple]:
+    tiling, inputs = this.tiling, _inputs(this, operands)
     batch, _, heads, _ = operands.query.shape
     specs, statistic = _row_specs(this, inputs)
-    out, logsum = this.run(
-        _forward_kernel,
+    out, logsum = _run(
+        this,
+        forward_kernel,
         (tiling.q_blocks, heads, batch),
         [(inputs, specs)],
         [
@@ -164,41 +219,12 @@ def _forward(this: Pass, _: Pass, operands: Operands) -> tuple[Array, tuple]:
     return out, (operands, out, logsum[:, :, : tiling.q_len])
 
 
-def _forward_kernel(this: Pass, refs: Inputs, out_ref: Ref, logsum_ref: Ref) -> None:
-    """A block of queries of one head; grid (query blocks, N, B)."""
-    i, kv_block = pl.program_id(0), this.tiling.kv_block
-    query, start, end = refs.query[...], refs.start[...], refs.end[...]
-    bias = this.bias(refs.tiles)
-
-    def visit(region: int, j: Array, carry: tuple) -> tuple:
-        out, largest, total = carry
-        keys = pl.ds(j * kv_block, kv_block)
-        visible = visible_keys(start, end, j * kv_block, kv_block, axis=1)
-        scores = this.scores(query, refs.key[keys, :], bias(region, i, j), visible)
-        after = jnp.maximum(largest, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - after[:, None])
-        shrink = jnp.exp2(largest - after)
-        value = refs.value[keys, :]
-        out = out * shrink[:, None] + dot(weights.astype(value.dtype), value, 1, 0)
-        return out, after, total * shrink + jnp.sum(weights, axis=1)
-
-    zero = jnp.zeros(start.shape, jnp.float32)
-    carry = (jnp.zeros(query.shape, jnp.float32), zero + LEAST_MAXIMUM, zero)
-    carry = this.over_blocks(refs.bounds, (LEFT, NEAR, RIGHT), visit, carry)
-    out, largest, total = carry
-    # Nothing is visible where the sum is 0: out is 0 there, and exp(score - logsum) will be.
-    seen = total > 0.0
-    total = jnp.where(seen, total, 1.0)
-    out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
-    logsum_ref[...] = jnp.where(seen, largest + jnp.log(total) * LOG2E, 0.0)
-
-
 # ---------------------------------------------------------------------------------------- backward
 
 
-def _backward(_: Pass, this: Pass, saved: tuple, d_out: Array) -> tuple[Operands]:
+def _backward(_: Pass, this: Pass, saved: tuple, d_out: Array) -> tuple[_Operands]:
     operands, out, logsum = saved
-    tiling, inputs = this.tiling, this.inputs(operands)
+    tiling, inputs = this.tiling, _inputs(this, operands)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     residuals = Residuals(
         d_out=pad(d_out, 1, tiling.padded_q_len),
@@ -212,7 +238,7 @@ def _backward(_: Pass, this: Pass, saved: tuple, d_out: Array) -> tuple[Operands
         d_tiles = _tile_gradients(this, inputs, residuals, far)
         (d_bias,) = jax.linear_transpose(tiling.expand, operands.bias)(d_tiles)
     return (
-        Operands(
+        _Operands(
             query=d_query[:, : tiling.q_len],
             key=d_key[:, : tiling.kv_len],
             value=d_value[:, : tiling.kv_len],
@@ -234,8 +260,9 @@ def _query_gradient(this: Pass, inputs: Inputs, residuals: Residuals) -> tuple[A
     if inputs.tiles is not None:
         spec = pl.BlockSpec((None, None, None, 2), lambda i, n, b: (b, n, i, 0))
         outputs.append(((batch, heads, q_blocks, 2), jnp.float32, spec))
-    d_query, *far = this.run(
-        _query_kernel,
+    d_query, *far = _run(
+        this,
+        query_kernel,
         (q_blocks, heads, batch),
         [(inputs, specs), (residuals, Residuals(specs.query, statistic, statistic))],
         outputs,
@@ -243,38 +270,8 @@ def _query_gradient(this: Pass, inputs: Inputs, residuals: Residuals) -> tuple[A
     return d_query, far[0] if far else None
 
 
-def _query_kernel(
-    this: Pass, refs: Inputs, residuals: Residuals, d_query_ref: Ref, far_ref: Ref | None = None
-) -> None:
-    """A block of queries of one head; grid (query blocks, N, B)."""
-    i, kv_block = pl.program_id(0), this.tiling.kv_block
-    query, start, end = refs.query[...], refs.start[...], refs.end[...]
-    d_out = residuals.d_out[...]
-    statistics = residuals.logsum[...][:, None], residuals.delta[...][:, None]
-    bias = this.bias(refs.tiles)
-
-    def visit(region: int, j: Array, carry: tuple) -> tuple:
-        d_query, *far = carry
-        keys = pl.ds(j * kv_block, kv_block)
-        visible = visible_keys(start, end, j * kv_block, kv_block, axis=1)
-        key, value = refs.key[keys, :], refs.value[keys, :]
-        _, d_scores = this.d_scores(
-            (query, key), (d_out, value), statistics, bias(region, i, j), visible
-        )
-        if region != NEAR:
-            far[region // 2] = far[region // 2] + jnp.sum(d_scores, axis=1)
-        return d_query + dot(d_scores.astype(key.dtype), key, 1, 0), *far
-
-    zero = jnp.zeros(start.shape, jnp.float32)
-    carry = (jnp.zeros(query.shape, jnp.float32), zero, zero)
-    d_query, left, right = this.over_blocks(refs.bounds, (LEFT, NEAR, RIGHT), visit, carry)
-    d_query_ref[...] = (d_query * this.scale).astype(d_query_ref.dtype)
-    if far_ref is not None:
-        far_ref[0], far_ref[1] = jnp.sum(left), jnp.sum(right)
-
-
 def _key_gradients(
-    this: Pass, inputs: Inputs, residuals: Residuals, operands: Operands
+    this: Pass, inputs: Inputs, residuals: Residuals, operands: _Operands
 ) -> Sequence[Array]:
     """Returns d_key and d_value; the query heads of a key head are summed in the kernel."""
     tiling, group = this.tiling, this.group
@@ -300,46 +297,13 @@ def _key_gradients(
         bounds=pl.BlockSpec((None, None, 4), lambda j, k, b: (b, j, 0)),
         tiles=None if inputs.tiles is None else tiles,
     )
-    return this.run(
-        _key_kernel,
+    return _run(
+        this,
+        key_kernel,
         (tiling.kv_blocks, heads // group, batch),
         [(inputs, specs), (residuals, Residuals(queries, statistic, statistic))],
         [(x.shape, x.dtype, keys) for x in (inputs.key, inputs.value)],
     )
-
-
-def _key_kernel(
-    this: Pass, refs: Inputs, residuals: Residuals, d_key_ref: Ref, d_value_ref: Ref
-) -> None:
-    """A block of keys of one key head; grid (key blocks, K, B)."""
-    j, q_block, kv_block = pl.program_id(0), this.tiling.q_block, this.tiling.kv_block
-    key, value = refs.key[...], refs.value[...]
-
-    def of_head(n: Array | int, carry: tuple) -> tuple:
-        bias = this.bias(refs.tiles, n)
-
-        def visit(region: int, i: Array, carry: tuple) -> tuple:
-            d_key, d_value = carry
-            queries = pl.ds(i * q_block, q_block)
-            start, end = refs.start[queries], refs.end[queries]
-            visible = visible_keys(start, end, j * kv_block, kv_block, axis=0)
-            query, d_out = refs.query[queries, n, :], residuals.d_out[queries, n, :]
-            statistics = residuals.logsum[n, queries][None], residuals.delta[n, queries][None]
-            weights, d_scores = this.d_scores(
-                (key, query), (value, d_out), statistics, bias(region, i, j), visible
-            )
-            d_value = d_value + dot(weights.astype(d_out.dtype), d_out, 1, 0)
-            return d_key + dot(d_scores.astype(query.dtype), query, 1, 0), d_value
-
-        return this.over_blocks(refs.bounds, (RIGHT, NEAR, LEFT), visit, carry)
-
-    carry = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
-    if this.group == 1:
-        d_key, d_value = of_head(0, carry)
-    else:
-        d_key, d_value = jax.lax.fori_loop(0, this.group, of_head, carry)
-    d_key_ref[...] = (d_key * this.scale).astype(d_key_ref.dtype)
-    d_value_ref[...] = d_value.astype(d_value_ref.dtype)
 
 
 def _tile_gradients(this: Pass, inputs: Inputs, residuals: Residuals, far: Array) -> Array:
@@ -387,8 +351,9 @@ def _near_tile_gradients(this: Pass, inputs: Inputs, residuals: Residuals) -> Ar
         bounds=pl.BlockSpec((None, splits + 1), lambda x, t, n: (t, 0)),
         tiles=pl.BlockSpec((None, None, *square), lambda x, t, n: (n, first + t, 0, 0)),
     )
-    (partial,) = this.run(
-        _tile_kernel,
+    (partial,) = _run(
+        this,
+        tile_kernel,
         (splits, near, heads),
         [
             (inputs._replace(bounds=limits), specs),
@@ -411,40 +376,12 @@ def _diagonals(tiling: Tiling, bounds: Array, first: int, count: int) -> tuple[A
 
     A visit is `row * query blocks + query block`; a diagonal's are moved to the front.
     """
-    blocks = tiling.q_blocks
-    diagonal = first + jnp.arange(count, dtype=jnp.int32)[:, None]
-    key = diagonal * tiling.step + jnp.arange(blocks, dtype=jnp.int32)[None] * tiling.q_block
-    block, whole = key[:, None] // tiling.kv_block, key % tiling.kv_block == 0
+    # [diagonals, B, query blocks]: the first key of the block where a diagonal meets the queries.
+    diagonal = first + jnp.arange(count, dtype=jnp.int32)[:, None, None]
+    queries = jnp.arange(tiling.q_blocks, dtype=jnp.int32)[None, None] * tiling.q_block
+    key = diagonal * tiling.step + queries
+    block, whole = key // tiling.kv_block, key % tiling.kv_block == 0
     within = (bounds[None, ..., 0] <= block) & (block < bounds[None, ..., 3])
-    visited = (within & whole[:, None]).reshape(count, -1)
+    visited = (within & whole).reshape(count, -1)
     order = jnp.argsort(~visited, axis=1, stable=True)
     return order.astype(jnp.int32), jnp.sum(visited, axis=1, dtype=jnp.int32)
-
-
-def _tile_kernel(
-    this: Pass, refs: Inputs, residuals: Residuals, pairs: Ref, d_tile_ref: Ref
-) -> None:
-    """A share of the blocks on one diagonal, of one head; grid (shares, near tiles, N)."""
-    tiling, share = this.tiling, pl.program_id(0)
-    diagonal = tiling.first + int(tiling.left_is_constant) + pl.program_id(1)
-    tile = refs.tiles[...]
-
-    def visit(index: Array, total: Array) -> Array:
-        pair = pairs[index]
-        row = jax.lax.div(pair, tiling.q_blocks)
-        first_query = (pair - row * tiling.q_blocks) * tiling.q_block
-        first_key = first_query + diagonal * tiling.step
-        queries, keys = pl.ds(first_query, tiling.q_block), pl.ds(first_key, tiling.kv_block)
-        start, end = refs.start[row, queries], refs.end[row, queries]
-        visible = visible_keys(start, end, first_key, tiling.kv_block, axis=1)
-        _, d_scores = this.d_scores(
-            (refs.query[row, queries, :], refs.key[row, keys, :]),
-            (residuals.d_out[row, queries, :], refs.value[row, keys, :]),
-            (residuals.logsum[row, queries][:, None], residuals.delta[row, queries][:, None]),
-            tile,
-            visible,
-        )
-        return total + d_scores
-
-    zero = jnp.zeros(d_tile_ref.shape, jnp.float32)
-    d_tile_ref[...] = jax.lax.fori_loop(refs.bounds[share], refs.bounds[share + 1], visit, zero)

@@ -60,8 +60,11 @@ class RelativePositionBias:
     def by_distance(self, q_len: int, kv_len: int) -> Array:
         """Returns [N, T + S - 1]: the bias of `key - query` rising from `-(T - 1)`."""
         first, length = _distances(self.query_offset, q_len, kv_len)
+        # Where the buckets saturate the ends are repeated: they need no products.
+        last = first + length - 1
+        low, high = (min(max(end, first), last) for end in self._saturation)
         bucket = relative_position_bucket(
-            np.arange(first, first + length, dtype=np.int32),
+            np.arange(low, high + 1, dtype=np.int32),
             bidirectional=self.bidirectional,
             num_buckets=self.table.shape[1],
             max_distance=self.max_distance,
@@ -71,14 +74,21 @@ class RelativePositionBias:
         values = jnp.dot(
             self.table.astype(jnp.float32), one_hot, precision=jax.lax.Precision.HIGHEST
         )
+        if high - low < last - first:
+            values = jnp.pad(values, ((0, 0), (low - first, last - high)), mode="edge")
         return _window(values, self.query_offset, q_len, kv_len)
 
     def constant_beyond(self) -> tuple[int, int] | None:
         """Returns (a, b) if the bias is constant over `key - query` <= a, and over >= b."""
         if not isinstance(self.query_offset, int):
             return None
-        ahead = self.max_distance if self.bidirectional else 0
-        return self.query_offset - self.max_distance, self.query_offset + ahead
+        low, high = self._saturation
+        return self.query_offset + low, self.query_offset + high
+
+    @property
+    def _saturation(self) -> tuple[int, int]:
+        """The distances from which on all farther ones share a bucket, on both sides."""
+        return -self.max_distance, self.max_distance if self.bidirectional else 0
 
 
 @jax.tree_util.register_dataclass

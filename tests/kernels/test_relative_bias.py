@@ -42,8 +42,9 @@ def test_buckets_equal_those_of_transformers(bidirectional):
     np.testing.assert_array_equal(ours, theirs.numpy())
 
 
-@pytest.mark.parametrize("offset", [0, 3])
-@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(
+    ("offset", "traced"), [(0, False), (3, False), (40, False), (-40, False), (0, True), (3, True)]
+)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_expansion_is_the_table_entry_by_entry(offset, traced, bidirectional):
     heads, q_len, kv_len = 2, 4, 9
