@@ -99,7 +99,8 @@ def training_implementation(config: ModelConfig, length: int, platform: str) -> 
     heads, bias = config.num_heads, None
     if config.position.startswith("relative_bias"):
         table = np.zeros((heads, config.relative_attention_num_buckets), np.float32)
-        bias = RelativePositionBias(table, bidirectional=True)
+        far = config.relative_attention_max_distance
+        bias = RelativePositionBias(table, bidirectional=True, max_distance=far)
     elif config.position == "alibi":
         bias = AlibiBias(np.zeros((heads,), np.float32))
     segments = np.ones((1, length), np.int32)
