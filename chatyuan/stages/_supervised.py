@@ -1,13 +1,13 @@
 """What the supervised stages share: build everything from the configuration, then `train.loop.fit`.
 
-A stage of its own (pretrain, sft) is this with other defaults and other samples. The order matters:
-every mistake is found before the first file is written.
+pretrain and sft are this with other defaults; reward and dpo bring their own `Parts` (data, model,
+loss, evaluation). The order matters: every mistake is found before the first file is written.
 """
 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,10 +22,10 @@ from chatyuan.data.objectives import Objective, ObjectiveConfig
 from chatyuan.decode.config import DecodeConfig
 from chatyuan.errors import UserError, did_you_mean
 from chatyuan.metrics import Writer, quantity
-from chatyuan.models import Model, build
+from chatyuan.models import build
 from chatyuan.models.attention import training_implementation
 from chatyuan.models.config import ModelConfig, flops_per_example
-from chatyuan.models.loss import LossConfig, eval_loss, supervised_loss
+from chatyuan.models.loss import LossConfig, LossFn, eval_loss, supervised_loss
 from chatyuan.stages import _run_folder, _samples
 from chatyuan.text.vocabulary import Vocabulary
 from chatyuan.train.loop import LoopConfig, fit
@@ -48,19 +48,16 @@ def _field(help_text: str, unit: str = "", **kwargs: Any) -> Any:
     return dataclasses.field(metadata={"help": help_text, "unit": unit}, **kwargs)
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """One supervised training run."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What every run of `fit` is told, whatever it learns from."""
 
     model_dir: str = _field("folder of the run; starting again in it continues the run")
     vocabulary: str = _field("SentencePiece .model file that the caches were made with")
     model: ModelConfig = _field("architecture")
-    data: DataConfig = _field("mixture, lengths, batch")
-    objective: ObjectiveConfig = _field("what a text becomes")
     optimizer: OptimizerConfig = _field("optimizer")
     schedule: ScheduleConfig = _field("learning rate")
     loop: LoopConfig = _field("how long, how often to report")
-    loss: LossConfig = _field("regularisers of the loss", default=LossConfig())
     checkpoint: CheckpointConfig = _field("what is saved", default=CheckpointConfig())
     mesh: dict[str, int] = _field(
         "devices per axis (data, fsdp, tensor, sequence, stage); -1 = the rest",
@@ -77,25 +74,81 @@ class Config:
     eval_batches: int | None = _field(
         "batches of each evaluation, evenly spread; None = all", "batches", default=None
     )
+    tensorboard: bool = _field("write MODEL_DIR/tensorboard too", default=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(TrainingConfig):
+    """A run that learns targets, token by token."""
+
+    data: DataConfig = _field("mixture, lengths, batch")
+    objective: ObjectiveConfig = _field("what a text becomes")
+    loss: LossConfig = _field("regularisers of the loss", default=LossConfig())
     sample_decoding: DecodeConfig = _field("how samples are generated", default=DecodeConfig())
     num_samples: int = _field("samples shown at each evaluation", "samples", default=8)
-    tensorboard: bool = _field("write MODEL_DIR/tensorboard too", default=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a configuration becomes before anything is computed or written."""
+    """What a configuration becomes before anything is computed or written.
 
-    config: Config
+    Another kind of supervised run overrides what differs.
+    """
+
+    config: Any
     vocabulary: Vocabulary
-    model: Model
+    model: Any
     mesh: jax.sharding.Mesh
-    loader: Loader
-    evaluation: EvalLoader | None
+    loader: Any
+    evaluation: Any
+
+    def loss_fn(self) -> LossFn:
+        """Returns what `make_train_step` differentiates."""
+        return supervised_loss(self.model, self.config.loss, self.mesh)
+
+    def initial_weights(self, abstract: Any) -> Any:
+        """Returns the weights a new run starts from, placed as `abstract` says."""
+        if self.config.init_from is None:
+            places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            return self.model.init(jax.random.key(self.config.seed), places)
+        return checkpoints.load_params(
+            self.config.init_from, abstract, use_ema=self.config.init_from_ema
+        )
+
+    def evaluator(self, writer: Writer) -> Callable[[TrainState, int], Mapping[str, float]]:
+        """Returns the `evaluate` of `fit`."""
+        return _Evaluation(self, writer)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns derived numbers, printed once at the start."""
+        return facts(self)
+
+    def flops_per_step(self, step: int = 0) -> float:
+        """Returns the FLOPs of one optimizer step."""
+        return flops_per_step(self, step)
+
+    def meta(self) -> dict[str, Any]:
+        """Returns what every checkpoint says about its run."""
+        model = _run_folder.model_meta(self.config.model, self.vocabulary)
+        return {"seed": self.config.seed, **model}
+
+    def report(self, title: str, step: int) -> None:
+        """Writes report.md."""
+        _write_report(self, title, step)
+
+    def rendered(self, count: int) -> list[str]:
+        """Returns the first rows of the first batch as text."""
+        batch = self.loader.batch(0)
+        count = min(count, len(batch["decoder_target_tokens"]))
+        return [_samples.render_row(self.vocabulary, batch, row) for row in range(count)]
 
 
-def assemble(config: Config) -> Parts:
-    """Opens and checks everything. Writes nothing, allocates no parameters.
+def open_common(config: TrainingConfig, batch_size: int) -> tuple[Vocabulary, jax.sharding.Mesh]:
+    """Checks what does not depend on the data; returns the vocabulary and the mesh.
+
+    Args:
+        config: the run.
+        batch_size: rows (or groups of rows) of the global batch that are split over the mesh.
 
     Raises:
         UserError: anything that would stop the run later.
@@ -110,7 +163,23 @@ def assemble(config: Config) -> Parts:
     if config.microbatches < 1:
         raise UserError(f"MICROBATCHES = {config.microbatches} must be at least 1.")
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.data.batch_size, mesh, config.microbatches)
+    sharding.check_batch(batch_size, mesh, config.microbatches)
+    if config.init_from is not None:
+        meta = _run_folder.read_meta(config.init_from)
+        _run_folder.check_vocabulary(config.init_from, meta, vocabulary)
+    if committed_steps(_checkpoints(config)):
+        meta = checkpoints.read_meta(config.model_dir)
+        _run_folder.check_vocabulary(config.model_dir, meta, vocabulary, "MODEL_DIR")
+    return vocabulary, mesh
+
+
+def assemble(config: Config) -> Parts:
+    """Opens and checks everything. Writes nothing, allocates no parameters.
+
+    Raises:
+        UserError: anything that would stop the run later.
+    """
+    vocabulary, mesh = open_common(config, config.data.batch_size)
     objective = Objective(config.objective, vocabulary, config.model.architecture)
     shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     loader = Loader(config.data, objective, open_sources(config.data, vocabulary), **shares)
@@ -118,24 +187,19 @@ def assemble(config: Config) -> Parts:
         loader.active_microbatches(0, config.microbatches)  # raises for sizes that do not divide
     evaluation = None
     if config.eval_split is not None:
-        _check_eval_split(config)
+        check_eval_split(config)
         held_out = dataclasses.replace(loader.config, split=config.eval_split, batch_ramp=())
         sources = open_sources(held_out, vocabulary)
         evaluation = EvalLoader(held_out, objective, sources, **shares)
-    if config.init_from is not None:
-        meta = _run_folder.read_meta(config.init_from)
-        _run_folder.check_vocabulary(config.init_from, meta, vocabulary)
-    if committed_steps(_checkpoints(config)):
-        meta = checkpoints.read_meta(config.model_dir)
-        _run_folder.check_vocabulary(config.model_dir, meta, vocabulary, "MODEL_DIR")
     return Parts(config, vocabulary, build(config.model), mesh, loader, evaluation)
 
 
-def _checkpoints(config: Config) -> pathlib.Path:
+def _checkpoints(config: TrainingConfig) -> pathlib.Path:
     return pathlib.Path(config.model_dir) / checkpoints.FOLDER
 
 
-def _check_eval_split(config: Config) -> None:
+def check_eval_split(config: Any) -> None:
+    """Raises UserError unless every task of `config.data` has the split that is evaluated."""
     for task, rate in read_mixture(config.data.cache_dir, config.data.mixture):
         splits = list_splits(config.data.cache_dir, task)
         if rate > 0 and splits and config.eval_split not in splits:
@@ -148,8 +212,16 @@ def _check_eval_split(config: Config) -> None:
             )
 
 
-def run(config: Config, *, title: str) -> TrainState:
-    """Trains to the end, or continues to it; see the module's text."""
+def run(
+    config: TrainingConfig, *, title: str, assemble: Callable[[Any], Parts] = assemble
+) -> TrainState:
+    """Trains to the end, or continues to it; see the module's text.
+
+    Args:
+        config: the run.
+        title: of its report.
+        assemble: opens and checks everything.
+    """
     configs.check_same_run(config, config.model_dir, MAY_CHANGE)
     parts = assemble(config)
     schedule = make_schedule(config.schedule)
@@ -163,17 +235,12 @@ def run(config: Config, *, title: str) -> TrainState:
     abstract = sharding.with_shardings(abstract, placement)
 
     def fresh() -> TrainState:
-        if config.init_from is None:
-            weights = parts.model.init(jax.random.key(config.seed), placement.params)
-        else:
-            weights = checkpoints.load_params(
-                config.init_from, abstract.params, use_ema=config.init_from_ema
-            )
         # Donated: the weights must not stay in memory beside the state.
+        weights = parts.initial_weights(abstract.params)
         return jax.jit(initialise, out_shardings=placement, donate_argnums=0)(weights)
 
     train_step = make_train_step(
-        supervised_loss(parts.model, config.loss, parts.mesh),
+        parts.loss_fn(),
         optimizer,
         schedule,
         microbatches=config.microbatches,
@@ -187,7 +254,6 @@ def run(config: Config, *, title: str) -> TrainState:
         batch = sharding.abstract_batch(parts.loader.padding(), parts.mesh)
         train_step.compile_ahead(abstract, batch, config.microbatches if ramp else None)
 
-    meta = {"seed": config.seed, **_run_folder.model_meta(config.model, parts.vocabulary)}
     with Checkpointer(config.model_dir, config.checkpoint) as checkpointer:
         state, resumed = checkpoints.restore_or_init(checkpointer, abstract, fresh)
         if jax.process_index() == 0:
@@ -204,11 +270,11 @@ def run(config: Config, *, title: str) -> TrainState:
                 batches=lambda step: placed(parts.loader.iterate(step), parts.mesh),
                 writer=writer,
                 checkpointer=checkpointer,
-                evaluate=_Evaluation(parts, writer),
-                report=functools.partial(_write_report, parts, title),
-                meta=meta,
+                evaluate=parts.evaluator(writer),
+                report=functools.partial(parts.report, title),
+                meta=parts.meta(),
                 resumed=resumed,
-                flops_per_step=functools.partial(flops_per_step, parts),
+                flops_per_step=parts.flops_per_step,
                 active_microbatches=(
                     functools.partial(
                         parts.loader.active_microbatches, microbatches=config.microbatches
@@ -216,7 +282,7 @@ def run(config: Config, *, title: str) -> TrainState:
                     if ramp
                     else None
                 ),
-                facts=facts(parts),
+                facts=parts.facts(),
             )
 
 
@@ -314,15 +380,14 @@ def _write_report(parts: Parts, title: str, step: int) -> None:
     )
 
 
-def dry_run(config: Config) -> None:
+def dry_run(config: TrainingConfig, *, assemble: Callable[[Any], Parts] = assemble) -> None:
     """Validates everything, shows two examples and the costs. Compiles and writes nothing."""
     configs.check_same_run(config, config.model_dir, MAY_CHANGE)
     parts = assemble(config)
     print("Two rows as the model sees them:")
-    batch = parts.loader.batch(0)
-    for row in range(min(2, len(batch["decoder_target_tokens"]))):
-        print(_samples.render_row(parts.vocabulary, batch, row))
-    for name, value in {**facts(parts), **_costs(parts)}.items():
+    for text in parts.rendered(2):
+        print(text)
+    for name, value in {**parts.facts(), **_costs(parts)}.items():
         print(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value}")
 
 
