@@ -57,6 +57,11 @@ class DecodeConfig:
         False,
         "also return the log-probabilities of the model itself (temperature 1, nothing filtered)",
     )
+    cache_dtype: str | None = _field(
+        None,
+        "float32 or bfloat16: how the decoder's own keys and values are kept (bfloat16 halves the "
+        "memory of long answers); None = the compute dtype",
+    )
 
     def __post_init__(self) -> None:
         """Checks every value."""
@@ -65,6 +70,8 @@ class DecodeConfig:
                 f"method = {self.method!r} should be one of {', '.join(METHODS)}."
                 f"{did_you_mean(str(self.method), METHODS)}"
             )
+        if self.cache_dtype not in (None, "float32", "bfloat16"):
+            raise UserError(f"cache_dtype = {self.cache_dtype!r} should be float32 or bfloat16.")
         for name, low in (
             ("max_decode_length", 1),
             ("min_length", 0),

@@ -25,7 +25,7 @@ class DecodableModel(Protocol):
     """What generation asks of a model; both kinds in `chatyuan.models` offer it."""
 
     def bind(self, params: Any) -> Any:
-        """Returns a module with `prefill(tokens, lengths, max_decode_length)` and `step`."""
+        """Returns a module with `prefill(tokens, lengths, max_length, cache_dtype)` and `step`."""
         ...
 
 
@@ -128,7 +128,9 @@ def _run(
     pad_id: int,
 ) -> DecodeOutput:
     """Reads the prompts once, then searches or draws; what `make_generate` compiles."""
-    logits_BV, cache = model.bind(params).prefill(tokens, lengths, config.max_decode_length)
+    logits_BV, cache = model.bind(params).prefill(
+        tokens, lengths, config.max_decode_length, config.cache_dtype
+    )
     cache = cache.expand(config.rows_per_prompt)
 
     def step(tokens_R: Array, cache: Any) -> tuple[Array, Any]:

@@ -59,7 +59,8 @@ class EncoderDecoder(LanguageModel):
         Args:
             batch: encoder_input_tokens, encoder_segment_ids, decoder_input_tokens and
                 decoder_segment_ids; encoder_positions and decoder_positions where positions are
-                rotary.
+                rotary. With B prompts the decoder may have B * G rows, those of a prompt adjacent:
+                the encoder runs once a prompt, and its G answers share the cross keys and values.
             dropout_key: None when not training.
             mesh: over which parameters and batch are split; None = one device.
         """
@@ -75,7 +76,7 @@ class EncoderDecoder(LanguageModel):
             mesh,
         )
         tokens, segments = batch["decoder_input_tokens"], batch["decoder_segment_ids"]
-        rows, length = tokens.shape
+        length = tokens.shape[1]
         positions = batch.get("decoder_positions")
         shared = self.decoder.inputs(
             mask=AttentionMask(causal=True, query_segment_ids=segments, key_segment_ids=segments),
@@ -85,18 +86,24 @@ class EncoderDecoder(LanguageModel):
             dropout_key=decoder_key,
             mesh=mesh,
         )
+        prompts = encoded.shape[0]
+        queries = segments.reshape(prompts, -1)
         cross_mask, _ = prepare(
-            AttentionMask(query_segment_ids=segments, key_segment_ids=encoder_segments),
+            AttentionMask(query_segment_ids=queries, key_segment_ids=encoder_segments),
             None,
-            batch=rows,
-            q_len=length,
+            batch=prompts,
+            q_len=queries.shape[1],
             kv_len=encoded.shape[1],
         )
         shared = dataclasses.replace(shared, cross_mask=cross_mask)
         return self.decoder(self.token_embedder(tokens), shared, encoded)
 
     def prefill(
-        self, tokens: Array, lengths: Array, max_decode_length: int
+        self,
+        tokens: Array,
+        lengths: Array,
+        max_decode_length: int,
+        cache_dtype: str | None = None,
     ) -> tuple[Array, DecodeCache]:
         """Returns the logits of the first output token, and the cache: the encoder runs once.
 
@@ -104,6 +111,7 @@ class EncoderDecoder(LanguageModel):
             tokens: [B, S] int32 encoder input, padded on the right.
             lengths: [B] int32 real tokens per row.
             max_decode_length: output tokens the cache has room for.
+            cache_dtype: of the self-attention cache; None = the compute dtype.
 
         Returns:
             logits [B, V] float32 after the decoder's start token (0), cache with B rows.
@@ -116,7 +124,7 @@ class EncoderDecoder(LanguageModel):
             key, value = block.encoder_decoder_attention.keys_values(encoded, None)
             return carry, to_cache(key, value)
 
-        cache = self.empty_cache(jnp.zeros(rows, jnp.int32), max_decode_length)
+        cache = self.empty_cache(jnp.zeros(rows, jnp.int32), max_decode_length, cache_dtype)
         _, per_layer = self.decoder.run(cross, None, unroll=True, layer_params=cache.weights)
         keys, values = zip(*per_layer, strict=True)
         cache = dataclasses.replace(

@@ -115,12 +115,14 @@ class LanguageModel(nnx.Module):
 
             def update(key_RTKH: Array, value_RTKH: Array) -> tuple[Array, Array]:
                 nonlocal written
-                new_key, new_value = to_cache(key_RTKH, value_RTKH)
+                kept, dtype = layer[0].dtype, key_RTKH.dtype
+                new_key, new_value = to_cache(key_RTKH.astype(kept), value_RTKH.astype(kept))
                 written = (
                     jax.lax.dynamic_update_slice_in_dim(layer[0], new_key, cache.index, axis=3),
                     jax.lax.dynamic_update_slice_in_dim(layer[1], new_value, cache.index, axis=2),
                 )
-                return from_cache(*written)
+                key, value = from_cache(*written)
+                return key.astype(dtype), value.astype(dtype)
 
             def cross(_: Attention) -> tuple[Array, Array]:
                 return from_cache(layer[2], layer[3])
@@ -149,15 +151,22 @@ class LanguageModel(nnx.Module):
         )
         return self.decoder.final_norm(x), new
 
-    def empty_cache(self, start: Array, slots: int) -> DecodeCache:
-        """Returns the cache of rows with these first slots [R], nothing written yet."""
+    def empty_cache(self, start: Array, slots: int, dtype: str | None = None) -> DecodeCache:
+        """Returns the cache of rows with these first slots [R], nothing written yet.
+
+        Args:
+            start: [R] int32.
+            slots: S.
+            dtype: of the keys and values; None = the compute dtype.
+        """
         config = self.config
+        dtype = dtype or config.dtype
         rows, kv_heads, head_dim = start.shape[0], config.kv_heads, config.head_dim
         layers = range(config.num_decoder_layers)
         on_cpu = jax.default_backend() == "cpu"
         return DecodeCache(
-            tuple(jnp.zeros((rows, kv_heads, head_dim, slots), config.dtype) for _ in layers),
-            tuple(jnp.zeros((rows, kv_heads, slots, head_dim), config.dtype) for _ in layers),
+            tuple(jnp.zeros((rows, kv_heads, head_dim, slots), dtype) for _ in layers),
+            tuple(jnp.zeros((rows, kv_heads, slots, head_dim), dtype) for _ in layers),
             start=start,
             index=jnp.int32(0),
             head=self.head_weight().astype(config.dtype),

@@ -51,7 +51,11 @@ class PrefixLM(LanguageModel):
         return self.decoder(self.token_embedder(tokens), shared)
 
     def prefill(
-        self, tokens: Array, lengths: Array, max_decode_length: int
+        self,
+        tokens: Array,
+        lengths: Array,
+        max_decode_length: int,
+        cache_dtype: str | None = None,
     ) -> tuple[Array, DecodeCache]:
         """Returns the logits after each row's prompt, and the cache that holds the prompts.
 
@@ -62,6 +66,7 @@ class PrefixLM(LanguageModel):
             tokens: [B, S] int32 prompts, padded on the right.
             lengths: [B] int32 real tokens per row.
             max_decode_length: output tokens the cache has room for.
+            cache_dtype: of the self-attention cache; None = the compute dtype.
 
         Returns:
             logits [B, V] float32, cache with B rows.
@@ -78,6 +83,6 @@ class PrefixLM(LanguageModel):
             key_start=jnp.broadcast_to(start[:, None], aligned.shape),
             key_end=jnp.where(positions >= 0, jnp.broadcast_to(end, aligned.shape), 0),
         )
-        cache = self.empty_cache(start, length + max_decode_length)
+        cache = self.empty_cache(start, length + max_decode_length, cache_dtype)
         hidden, cache = self.decode(aligned, cache, positions=jnp.maximum(positions, 0), mask=mask)
         return linear(hidden[:, -1], cache.head, "float32"), cache

@@ -34,8 +34,8 @@ class ToyBound:
 
     params: Any
 
-    def prefill(self, tokens, lengths, max_decode_length):
-        del max_decode_length
+    def prefill(self, tokens, lengths, max_decode_length, cache_dtype=None):
+        del max_decode_length, cache_dtype
         batch, width = tokens.shape
         real = (jnp.arange(width)[None, :] < lengths[:, None]).astype(jnp.float32)
         prompt = jnp.einsum("bs,bsv->bv", real, self.params["prompt"][tokens])

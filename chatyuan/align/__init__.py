@@ -1,0 +1,1 @@
+"""Alignment: rollouts, reward models, preference losses, PPO and its relatives."""
