@@ -1,5 +1,6 @@
 """Sharding on 8 fake devices: meshes, the rules table, the state, the batch, and equal training."""
 
+import dataclasses
 import pathlib
 import sys
 
@@ -39,6 +40,64 @@ def test_mesh_has_every_axis_and_takes_the_rest():
     assert mesh.devices.size == 8
 
 
+def test_slices_are_the_outer_parts_of_an_axis():
+    mesh = sharding.make_mesh({"dcn_data": 2, "fsdp": -1, "tensor": 2})
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1, "stage": 1}
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    np.testing.assert_array_equal(ids[..., 0, 0], np.arange(8).reshape(2, 2, 2))
+    both = sharding.make_mesh({"dcn_data": 2, "data": 2, "tensor": 2})
+    ids = np.vectorize(lambda device: device.id)(both.devices)[:, 0, :, 0, 0]
+    np.testing.assert_array_equal(ids, np.arange(8).reshape(4, 2))
+    across = sharding.make_mesh({"data": 2, "dcn_fsdp": 2, "fsdp": 2})
+    ids = np.vectorize(lambda device: device.id)(across.devices)[..., 0, 0, 0]
+    np.testing.assert_array_equal(ids, [[0, 1, 4, 5], [2, 3, 6, 7]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU device as `mesh_utils` looks at."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "fake"
+    device_kind: str = "fake"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"dcn_data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "dcn_fsdp": 2, "fsdp": 2}],
+    ids=str,
+)
+def test_pretended_slices_are_laid_out_as_real_ones(shape):
+    grid = lambda chips: sharding.mesh._hybrid_grid(  # noqa: E731
+        *(tuple(part.values()) for part in sharding.mesh_sizes(shape, 8)), chips
+    )
+    real = grid([Chip(i, i // 4) for i in range(8)])
+    pretended = grid([Chip(i, 0) for i in range(8)])
+    as_ids = np.vectorize(lambda chip: chip.id)
+    np.testing.assert_array_equal(as_ids(real), as_ids(pretended))
+
+
+def test_several_slices_become_copies_unless_told_otherwise():
+    sizes = lambda shape: sharding.mesh_sizes(shape, 16, slices=2)  # noqa: E731
+    within, across = sizes({"data": -1, "tensor": 4})
+    assert (within["data"], within["tensor"], across["data"]) == (2, 4, 2)
+    within, across = sizes({"dcn_fsdp": -1, "fsdp": 8})
+    assert (within["fsdp"], across["fsdp"], across["data"]) == (8, 2, 1)
+    with pytest.raises(UserError) as error:
+        sizes({"dcn_data": 4, "fsdp": -1})
+    assert "MESH dcn_data=4 needs 4 slices but the devices form 2; use --gin.MESH=" in str(error)
+    assert "'dcn_data': 2" in str(error.value)
+
+
+def test_abstract_mesh_needs_no_devices():
+    mesh = sharding.abstract_mesh({"dcn_data": 4, "fsdp": 16, "tensor": -1}, 256)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 16, "tensor": 4, "sequence": 1, "stage": 1}
+    assert sharding.describe(mesh) == "data=4 fsdp=16 tensor=4"
+    assert sharding.describe(sharding.abstract_mesh({}, 1)) == "one device"
+
+
 def test_mesh_of_given_devices():
     assert sharding.make_mesh({"data": -1}, devices=jax.devices()[:1]).size == 1
 
@@ -61,6 +120,14 @@ def test_mesh_of_given_devices():
         ({"data": -1, "fsdp": -1}, "-1 for data and fsdp; only one"),
         ({"data": 0}, "must be a positive number"),
         ({"data": 2.0}, "must be a positive number"),
+        ({"dcn_data": 3, "fsdp": -1}, "MESH dcn_data=3 cuts 8 devices into 3 slices"),
+        (
+            {"dcn_data": 2, "fsdp": 8},
+            "MESH dcn_data=2 fsdp=8 needs 16 devices but there are 8; "
+            "use --gin.MESH=\"{'data': -1, 'dcn_data': 2}\"",
+        ),
+        ({"dcn_dta": 2}, "Did you mean dcn_data?"),
+        ({"dcn_data": -1, "dcn_fsdp": -1}, "-1 for dcn_data and dcn_fsdp; only one"),
     ],
 )
 def test_mesh_mistakes(shape, message):
@@ -177,6 +244,76 @@ def test_state_lies_where_its_parameters_lie(name):
         moments = [spec for path, spec in specs.items() if path.endswith("/wi")]
         assert moments == [both] * (2 if name == "adamw" else 1)
     assert all(spec == PartitionSpec() for path, spec in specs.items() if "count" in path)
+
+
+ZERO = {  # stage -> the factor by which (parameters, gradients, optimizer state) are split
+    0: (1, 1, 1),
+    1: (1, 1, 8),
+    2: (1, 8, 8),
+}
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_zero_splits_what_copies_share(stage):
+    mesh = _mesh(data=4, sequence=2)
+    _, optimizer = problem.make_parts("adamw")
+    abstract = jax.eval_shape(lambda: init_state(problem.init_params(), optimizer, ema=True))
+    config = sharding.ShardingConfig(zero_stage=stage)
+    placement = sharding.place(abstract, problem.AXES, mesh, config)
+    found = [
+        sharding.bytes_per_device(tree, places)
+        for tree, places in (
+            (abstract.params, placement.state.params),
+            (abstract.params, placement.gradients),
+            (abstract.ema, placement.state.ema),
+        )
+    ]
+    size = sharding.bytes_per_device(abstract.params, jax.tree.map(
+        lambda _: NamedSharding(mesh, PartitionSpec()), abstract.params))
+    assert [size / bytes_ for bytes_ in found] == pytest.approx(ZERO[stage], rel=0.02)
+    assert placement.updates == placement.state.ema
+    # Whole layers where they divide: what an optimizer sums over a matrix stays on one device.
+    if stage:
+        assert placement.updates["wi"].spec == PartitionSpec(("sequence",), ("data",), None)
+
+
+def test_mistaken_strategies():
+    with pytest.raises(UserError, match="zero_stage = 3 must be 0, 1 or 2; stage 3 is the mesh"):
+        sharding.ShardingConfig(zero_stage=3)
+    with pytest.raises(UserError, match="memory_budget = 0 must be positive"):
+        sharding.ShardingConfig(memory_budget=0)
+
+
+def test_a_memory_budget_splits_only_what_does_not_fit():
+    mesh = _mesh(fsdp=8)
+    _, optimizer = problem.make_parts("adamw")
+    abstract = jax.eval_shape(lambda: init_state(problem.init_params(), optimizer))
+
+    def used(placement):
+        return sharding.bytes_per_device(abstract, placement.state) + sharding.bytes_per_device(
+            abstract.params, placement.gradients
+        )
+
+    def place(budget):
+        config = sharding.ShardingConfig(memory_budget=budget / 2**30)
+        return sharding.place(abstract, problem.AXES, mesh, config)
+
+    everything = sharding.place(abstract, problem.AXES, mesh)
+    most = used(place(2**40))
+    assert set(place(2**40).whole) == set(problem.AXES)
+    assert used(everything) < most / 7
+    assert place(used(everything)).state == everything.state
+    previous = ()
+    for budget in np.linspace(used(everything), most, 7):
+        placement = place(budget)
+        assert used(placement) <= budget
+        assert len(placement.whole) >= len(previous)
+        previous = placement.whole
+        for name in problem.AXES:
+            whole = placement.state.params[name].is_fully_replicated
+            assert whole == (name in placement.whole)
+    with pytest.raises(UserError, match="when everything is split .MESH fsdp=8.; use more devices"):
+        place(used(everything) - 8)
 
 
 def test_bytes_per_device():

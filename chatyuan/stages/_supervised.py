@@ -26,6 +26,7 @@ from chatyuan.models import build
 from chatyuan.models.attention import training_implementation
 from chatyuan.models.config import ModelConfig, flops_per_example
 from chatyuan.models.loss import LossConfig, LossFn, eval_loss, supervised_loss
+from chatyuan.sharding import ShardingConfig
 from chatyuan.stages import _run_folder, _samples
 from chatyuan.text.vocabulary import Vocabulary
 from chatyuan.train.loop import LoopConfig, fit
@@ -38,7 +39,7 @@ Batch = Mapping[str, Any]
 # What may differ when a run goes on in its folder: how long, how often and where, never what is
 # learned from what in which order.
 MAY_CHANGE = (
-    "vocabulary", "init_from", "init_from_ema", "mesh", "checkpoint", "loop",
+    "vocabulary", "init_from", "init_from_ema", "mesh", "sharding", "checkpoint", "loop",
     "schedule.train_steps", "data.cache_dir", "data.threads", "data.prefetch", "eval_split",
     "eval_batches", "sample_decoding", "num_samples", "tensorboard",
 )  # fmt: skip
@@ -60,9 +61,11 @@ class TrainingConfig:
     loop: LoopConfig = _field("how long, how often to report")
     checkpoint: CheckpointConfig = _field("what is saved", default=CheckpointConfig())
     mesh: dict[str, int] = _field(
-        "devices per axis (data, fsdp, tensor, sequence, stage); -1 = the rest",
+        "devices per axis (data, fsdp, tensor, sequence, stage; dcn_data, ... across slices); "
+        "-1 = the rest",
         default_factory=lambda: {"data": -1},
     )
+    sharding: ShardingConfig = _field("what copies share", default=ShardingConfig())
     microbatches: int = _field(
         "parts that a batch is processed in, to save memory", "microbatches", default=1
     )
@@ -231,7 +234,8 @@ def run(
         init_state, optimizer=optimizer, ema=config.ema_decay is not None
     )
     abstract = jax.eval_shape(initialise, abstract_params)
-    placement = sharding.state_shardings(abstract, axes, parts.mesh)
+    places = sharding.place(abstract, axes, parts.mesh, config.sharding)
+    placement = places.state
     abstract = sharding.with_shardings(abstract, placement)
 
     def fresh() -> TrainState:
@@ -246,6 +250,7 @@ def run(
         microbatches=config.microbatches,
         seed=config.seed,
         ema_decay=config.ema_decay,
+        placement=places,
     )
     ramp = bool(parts.loader.config.batch_ramp)
     newest = max(committed_steps(_checkpoints(config)), default=0)
@@ -402,14 +407,11 @@ def _costs(parts: Parts) -> dict[str, str]:
         functools.partial(init_state, optimizer=optimizer, ema=config.ema_decay is not None),
         abstract_params,
     )
-    per_device = sharding.bytes_per_device(
-        state, sharding.state_shardings(state, axes, parts.mesh)
-    )
+    places = sharding.place(state, axes, parts.mesh, config.sharding)
+    per_device = sharding.bytes_per_device(state, places.state)
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     activations = _activation_bytes(parts)
-    gradients = sharding.bytes_per_device(
-        abstract_params, sharding.shardings(abstract_params, axes, parts.mesh)
-    )
+    gradients = sharding.bytes_per_device(abstract_params, places.gradients)
     return {
         "memory per device": f"{(per_device + gradients + activations) / 2**30:.2f} GiB = state "
         f"{per_device / 2**30:.2f} + gradients {gradients / 2**30:.2f} + activations about "

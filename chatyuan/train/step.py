@@ -127,6 +127,7 @@ def make_train_step(
     ema_decay: float | None = None,
     skip_nonfinite: bool = True,
     detailed_metrics: bool = False,
+    placement: sharding.Placement | None = None,
 ) -> TrainStep:
     """Returns the compiled-once train step.
 
@@ -145,10 +146,13 @@ def make_train_step(
       skip_nonfinite: whether a step whose loss or gradient is not finite leaves parameters,
         optimizer state and average unchanged.
       detailed_metrics: also param_norm and update_rms, one more pass over the parameters each.
+      placement: where gradients and updates live; None leaves it to XLA.
     """
     assert optimizer.schedule is schedule, "the schedule that is logged must be the one applied"
     if microbatches < 1:
         raise UserError(f"MICROBATCHES = {microbatches} must be at least 1.")
+    summed_at = None if placement is None else placement.gradients
+    updated_at = None if placement is None else placement.updates
 
     def train_step(
         state: TrainState,
@@ -158,8 +162,9 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         loss_sum, weight, metrics, gradients = _sum_gradients(
-            loss_fn, state.params, _split(batch, microbatches, mesh), key, active
+            loss_fn, state.params, _split(batch, microbatches, mesh), key, active, summed_at
         )
+        gradients = sharding.constrain(gradients, updated_at)
         # A batch without a single target has gradient 0, not 0 / 0.
         gradient_scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
         gradient_norm = global_norm(gradients) * gradient_scale
@@ -171,7 +176,7 @@ def make_train_step(
             gradient_scale=gradient_scale,
             gradient_norm=gradient_norm,
         )
-        params = optax.apply_updates(state.params, updates)
+        params = sharding.constrain(optax.apply_updates(state.params, updates), updated_at)
         ema = state.ema
         if ema_decay is not None:
             assert ema is not None, "make the state with init_state(..., ema=True)"
@@ -218,10 +223,12 @@ def _sum_gradients(
     parts: Mapping[str, jax.Array],
     key: jax.Array,
     active: jax.Array | None,
+    places: Tree | None = None,
 ) -> tuple[jax.Array, jax.Array, Metrics, Tree]:
     """Sums over the first `active` of parts [M, B / M, ...] (None = all).
 
-    Returns (loss, weight, metrics, gradient of the sum of losses).
+    Returns (loss, weight, metrics, gradient of the sum of losses), the gradient at its `places`
+    from the first microbatch on.
     """
     microbatches = next(iter(parts.values())).shape[0]
 
@@ -236,13 +243,14 @@ def _sum_gradients(
             return loss_sum, (weight, dict(metrics))
 
         (loss_sum, (weight, metrics)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        return loss_sum, weight, metrics, gradients
+        return loss_sum, weight, metrics, sharding.constrain(gradients, places)
 
     if microbatches == 1:
         return one(0)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, jnp.int32(0))
     )
+    zeros = (*zeros[:3], sharding.constrain(zeros[3], places))
     loss_sum, weight, metrics, gradients = jax.lax.fori_loop(
         0,
         microbatches if active is None else active,

@@ -1,0 +1,39 @@
+"""Where arrays live: the mesh, the rules table, the strategy, and the communication they cost."""
+
+from chatyuan.sharding.batch import abstract_batch, batch_sharding, check_batch, shard_batch
+from chatyuan.sharding.mesh import MESH_AXES, abstract_mesh, describe, make_mesh, mesh_sizes
+from chatyuan.sharding.rules import (
+    RULES,
+    AnyMesh,
+    Rules,
+    bytes_per_device,
+    constrain,
+    partition_spec,
+    shardings,
+    with_shardings,
+)
+from chatyuan.sharding.strategy import Placement, ShardingConfig, place, state_shardings
+
+__all__ = [
+    "MESH_AXES",
+    "RULES",
+    "AnyMesh",
+    "Placement",
+    "Rules",
+    "ShardingConfig",
+    "abstract_batch",
+    "abstract_mesh",
+    "batch_sharding",
+    "bytes_per_device",
+    "check_batch",
+    "constrain",
+    "describe",
+    "make_mesh",
+    "mesh_sizes",
+    "partition_spec",
+    "place",
+    "shard_batch",
+    "shardings",
+    "state_shardings",
+    "with_shardings",
+]

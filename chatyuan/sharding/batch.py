@@ -1,0 +1,86 @@
+"""From the rows that a process has read to the global arrays of a step."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from chatyuan.errors import UserError
+from chatyuan.sharding.rules import RULES, Rules, partition_spec
+
+
+def shard_batch(
+    host_batch: Mapping[str, np.ndarray], mesh: Mesh, *, rules: Rules = RULES
+) -> dict[str, jax.Array]:
+    """Returns the global arrays of a batch of which this process holds its own rows.
+
+    Dimension 0 is split over the axes of "batch", dimension 1 over those of "length".
+
+    Args:
+      host_batch: [rows of this process, length, ...] per feature; every process has as many rows.
+      mesh: of `make_mesh`.
+      rules: logical axis -> mesh axes.
+
+    Raises:
+      UserError: rows or lengths that do not divide over the mesh.
+    """
+    return {
+        name: jax.make_array_from_process_local_data(
+            batch_sharding(np.shape(value), mesh, name=name, rules=rules), np.asarray(value)
+        )
+        for name, value in host_batch.items()
+    }
+
+
+def abstract_batch(
+    host_batch: Mapping[str, np.ndarray], mesh: Mesh, *, rules: Rules = RULES
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and places of what `shard_batch` would return."""
+    abstract = {}
+    for name, value in host_batch.items():
+        place = batch_sharding(value.shape, mesh, name=name, rules=rules)
+        shape = _global_shape(value.shape)
+        abstract[name] = jax.ShapeDtypeStruct(shape, value.dtype, sharding=place)
+    return abstract
+
+
+def batch_sharding(
+    local_shape: Sequence[int], mesh: Mesh, *, name: str = "batch", rules: Rules = RULES
+) -> NamedSharding:
+    """Returns the sharding of a feature of which each process holds `local_shape`.
+
+    Raises:
+      UserError: see `shard_batch`.
+    """
+    global_shape = _global_shape(local_shape)
+    check_batch(global_shape[0], mesh, rules=rules)
+    axes = ("batch", "length", *(None,) * len(local_shape))[: len(local_shape)]
+    spec = partition_spec(axes, mesh, shape=global_shape, name=name, rules=rules)
+    return NamedSharding(mesh, spec)
+
+
+def _global_shape(local_shape: Sequence[int]) -> tuple[int, ...]:
+    return (local_shape[0] * jax.process_count(), *local_shape[1:])
+
+
+def check_batch(size: int, mesh: Mesh, microbatches: int = 1, *, rules: Rules = RULES) -> None:
+    """Checks that a global batch of `size` sequences divides over the mesh and the microbatches.
+
+    Raises:
+      UserError: it does not; the message proposes sizes that do.
+    """
+    used = [name for name in rules["batch"] if mesh.shape[name] > 1]
+    shards = math.prod(mesh.shape[name] for name in used)
+    if size % (shards * microbatches) == 0:
+        return
+    described = " ".join(f"{name}={mesh.shape[name]}" for name in used)
+    into = [f"{shards} data shards (mesh {described})"] if shards > 1 else []
+    into += [f"{microbatches} microbatches"] if microbatches > 1 else []
+    below = size - size % (shards * microbatches)
+    above = below + shards * microbatches
+    raise UserError(
+        f"train batch of {size} sequences does not divide over {' times '.join(into)}; "
+        f"use {f'{below} or {above}' if below else above}: --gin.BATCH_SIZE={below or above}"
+    )
