@@ -12,7 +12,7 @@ from chatyuan.errors import UserError, did_you_mean
 ARCHITECTURES = ("encoder_decoder", "prefix_lm")
 POSITIONS = ("relative_bias", "relative_bias_per_layer", "rope", "alibi")
 ACTIVATIONS = ("relu", "gelu", "silu", "linear")
-REMAT_POLICIES = ("none", "full", "dots", "selective")
+REMAT_POLICIES = ("none", "full", "dots", "selective", "offload")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
@@ -62,7 +62,12 @@ class ModelConfig:
     scan_layers: bool = _field(
         False, "one compiled layer in a loop: faster to compile, slower to run"
     )
-    remat: str = _field("none", "what the backward pass recomputes: none, full, dots, selective")
+    remat: str = _field(
+        "none", "what the backward pass recomputes: none, full, dots, selective, offload"
+    )
+    sequence_parallel: bool = _field(
+        False, "norm and dropout regions split the length over the mesh axis tensor"
+    )
     attention_implementation: str | None = _field(None, "attention kernel; None: by platform")
 
     def __post_init__(self) -> None:

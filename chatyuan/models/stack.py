@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from chatyuan.kernels import AlibiBias, AttentionMask, Bias, RelativePositionBias, prepare
@@ -16,12 +17,21 @@ from chatyuan.models.config import ModelConfig
 from chatyuan.models.initializers import uniform
 from chatyuan.models.layers import Mlp, RMSNorm, dropout, param
 from chatyuan.ops.positions import alibi_slopes
+from chatyuan.sharding import constrain_activation
 
 Array = jax.Array
 
+_STREAM = "stream"
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # As "full", and what it keeps, the input of each block, waits in the host's memory.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_STREAM],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -97,27 +107,32 @@ class Block(nnx.Module):
             cross_keys_values: gives keys and values of the encoder, [B', S, K, H]. With B = B' * G
                 rows the G rows of a prompt become queries of one row: nothing is repeated.
         """
-        rate = self.config.dropout_rate
+        rate, mesh = self.config.dropout_rate, shared.mesh
+        stream = functools.partial(_stream, mesh=mesh, config=self.config)
+        whole = functools.partial(_whole, mesh=mesh)
+        if self.config.remat == "offload":
+            x_BTD = checkpoint_name(x_BTD, _STREAM)
         attention = self.self_attention
-        h = self.pre_self_attention_layer_norm(x_BTD)
+        h = whole(self.pre_self_attention_layer_norm(x_BTD))
         query = attention.queries(h, shared.positions)
         key, value = attention.keys_values(h, shared.positions)
         if update_cache is not None:
             key, value = update_cache(key, value)
         bias = self._bias(shared, query.shape[1], key.shape[1])
         h = attention.attend(query, key, value, shared.mask, bias, shared.mesh)
-        x_BTD = x_BTD + dropout(h, rate, dropout_key, 1)
+        x_BTD = stream(x_BTD + dropout(stream(whole(h)), rate, dropout_key, 1))
         if cross_keys_values is not None:
             attention = self.encoder_decoder_attention
-            h = self.pre_cross_attention_layer_norm(x_BTD)
+            h = whole(self.pre_cross_attention_layer_norm(x_BTD))
             key, value = cross_keys_values(attention)
             # positions are not used: cross-attention has none.
             query = attention.queries(h, shared.positions)
             folded = query.reshape(key.shape[0], -1, *query.shape[2:])
             h = attention.attend(folded, key, value, shared.cross_mask, None, shared.mesh)
-            x_BTD = x_BTD + dropout(h.reshape(x_BTD.shape), rate, dropout_key, 2)
-        h = self.mlp(self.pre_mlp_layer_norm(x_BTD), dropout_key)
-        return x_BTD + dropout(h, rate, dropout_key, 3)
+            h = stream(whole(h.reshape(x_BTD.shape)))
+            x_BTD = stream(x_BTD + dropout(h, rate, dropout_key, 2))
+        h = self.mlp(whole(self.pre_mlp_layer_norm(x_BTD)), dropout_key)
+        return stream(x_BTD + dropout(stream(whole(h)), rate, dropout_key, 3))
 
     def _bias(self, shared: LayerInputs, q_len: int, kv_len: int) -> Bias | None:
         if self.config.position != "relative_bias_per_layer":
@@ -256,6 +271,7 @@ class Stack(nnx.Module):
         rate, key = self.config.dropout_rate, shared.dropout_key
         cross = None
         if encoded_BSD is not None:
+            encoded_BSD = _whole(encoded_BSD, mesh=shared.mesh)
             cross = lambda attention: attention.keys_values(encoded_BSD, None)  # noqa: E731
 
         def body(block: Block, x: Array, index: Array, _: None) -> tuple[Array, None]:
@@ -263,9 +279,26 @@ class Stack(nnx.Module):
             return block(x, shared, layer_key, cross_keys_values=cross), None
 
         # Sites beyond the layers' indices, so that no two dropouts share a key.
+        x_BTD = _stream(x_BTD, mesh=shared.mesh, config=self.config)
         x_BTD = dropout(x_BTD, rate, key, self.num_layers)
         x_BTD, _ = self.run(body, x_BTD)
         return dropout(self.final_norm(x_BTD), rate, key, self.num_layers + 1)
+
+
+def _stream(x_BTD: Array, *, mesh: Mesh | None, config: ModelConfig) -> Array:
+    """The residual stream on its devices: rows, lengths, whole features.
+
+    Sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2) splits lengths
+    over `tensor` as well; the all-reduce behind a block's last matrix becomes a reduce-scatter, and
+    the all-gather before the next one's first (`_whole`) completes it: the same volume.
+    """
+    length = "norm_length" if config.sequence_parallel else "length"
+    return constrain_activation(x_BTD, ("batch", length, None), mesh)
+
+
+def _whole(x_BTD: Array, *, mesh: Mesh | None) -> Array:
+    """The input of a block's matrices: each device of `tensor` has it all."""
+    return constrain_activation(x_BTD, ("batch", "length", None), mesh)
 
 
 def _slice(tree: Any, index: int) -> Any:

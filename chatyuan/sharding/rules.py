@@ -22,6 +22,8 @@ Rules = Mapping[str, tuple[str, ...]]
 RULES: Rules = {
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
+    # Sequence parallelism: between the matrices of a block, `tensor` splits the length too.
+    "norm_length": ("sequence", "tensor"),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "mlp": ("tensor",),
@@ -103,6 +105,18 @@ def with_shardings(abstract: Tree, placement: Tree) -> Tree:
         abstract,
         placement,
     )
+
+
+def constrain_activation(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> jax.Array:
+    """Returns the array, inside `jax.jit`, where the rules table puts its axes; no mesh = as it is.
+
+    Raises:
+      UserError: a dimension that does not divide.
+    """
+    if mesh is None:
+        return x
+    spec = partition_spec(axes, mesh, shape=x.shape, name=f"activation {'x'.join(map(str, x.shape))}")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def bytes_per_device(abstract: Tree, placement: Tree) -> int:
