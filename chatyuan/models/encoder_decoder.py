@@ -49,7 +49,7 @@ class EncoderDecoder(LanguageModel):
             dropout_key=dropout_key,
             mesh=mesh,
         )
-        return self.encoder(self.token_embedder(tokens_BS), shared)
+        return self.encoder(self.token_embedder(tokens_BS, mesh), shared)
 
     def hidden(
         self, batch: Batch, *, dropout_key: Array | None = None, mesh: Mesh | None = None
@@ -96,7 +96,7 @@ class EncoderDecoder(LanguageModel):
             kv_len=encoded.shape[1],
         )
         shared = dataclasses.replace(shared, cross_mask=cross_mask)
-        return self.decoder(self.token_embedder(tokens), shared, encoded)
+        return self.decoder(self.token_embedder(tokens, mesh), shared, encoded)
 
     def prefill(
         self,

@@ -9,9 +9,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from chatyuan.models.config import ModelConfig
 from chatyuan.models.initializers import Initializer, normal, ones, truncated_normal
+from chatyuan.ops.embedding import embed
 from chatyuan.ops.matmul import linear
 
 Array = jax.Array
@@ -99,11 +101,9 @@ class Embedder(nnx.Module):
         shape = (config.vocab_size, config.embed_dim)
         self.embedding = param(shape, ("vocab", "embed"), normal(1.0))
 
-    def __call__(self, tokens_BT: Array) -> Array:
-        """Returns the rows of the tokens, [B, T, D] in the compute dtype."""
-        # "clip" would hide ids that are out of range; "fill" turns them into NaN, which is noticed.
-        rows = jnp.take(self.embedding[...], tokens_BT, axis=0, mode="fill")
-        return rows.astype(self.dtype)
+    def __call__(self, tokens_BT: Array, mesh: Mesh | None = None) -> Array:
+        """Returns the rows of the tokens, [B, T, D] in the compute dtype; `mesh` as in `embed`."""
+        return embed(self.embedding[...], tokens_BT, mesh).astype(self.dtype)
 
 
 class Mlp(nnx.Module):

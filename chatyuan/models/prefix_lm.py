@@ -48,7 +48,7 @@ class PrefixLM(LanguageModel):
             dropout_key=dropout_key,
             mesh=mesh,
         )
-        return self.decoder(self.token_embedder(tokens), shared)
+        return self.decoder(self.token_embedder(tokens, mesh), shared)
 
     def prefill(
         self,

@@ -1,6 +1,8 @@
 """Where arrays live: the mesh, the rules table, the strategy, and the communication they cost."""
 
 from chatyuan.sharding.batch import abstract_batch, batch_sharding, check_batch, shard_batch
+from chatyuan.sharding.communication import Collective, Use, parameter_communication, summed
+from chatyuan.sharding.compiled import read_collectives
 from chatyuan.sharding.mesh import MESH_AXES, abstract_mesh, describe, make_mesh, mesh_sizes
 from chatyuan.sharding.rules import (
     RULES,
@@ -19,9 +21,11 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "AnyMesh",
+    "Collective",
     "Placement",
     "Rules",
     "ShardingConfig",
+    "Use",
     "abstract_batch",
     "abstract_mesh",
     "batch_sharding",
@@ -32,10 +36,13 @@ __all__ = [
     "describe",
     "make_mesh",
     "mesh_sizes",
+    "parameter_communication",
     "partition_spec",
     "place",
+    "read_collectives",
     "shard_batch",
     "shardings",
     "state_shardings",
+    "summed",
     "with_shardings",
 ]

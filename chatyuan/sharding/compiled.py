@@ -2,18 +2,19 @@
 
 XLA decides the communication, so this is what holds a statement about it to account. Instructions
 inside loops count as often as the loop runs, which XLA writes down for loops of a fixed number of
-iterations; for any other it is not knowable and `Collective.times` counts one iteration.
+iterations; for any other it is not knowable and `Collective.times` counts one iteration. (The loop
+over microbatches has a fixed number unless the batch grows.)
 """
 
-import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+from chatyuan.sharding.communication import KINDS, Collective
+
 _BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "s4": 4, "u4": 4}
 _ARRAY = re.compile(r"\b(pred|bf16|f8\w*|[fsuc]\d+)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (.*)$")
@@ -28,38 +29,6 @@ _NAMED = re.compile(
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One kind of collective over one set of devices.
-
-    Attributes:
-        kind: one of KINDS.
-        axes: the mesh axes over which devices talk to each other.
-        payload: bytes of the whole array on one device: what an all-gather returns, what the
-            others take.
-        devices: that take part in one exchange.
-        times: how often it runs in a step.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    payload: int
-    devices: int
-    times: int = 1
-
-    @property
-    def wire_bytes(self) -> float:
-        """Bytes that a device sends in all: ring algorithms, which are optimal in volume.
-
-        (n-1)/n of the payload for all-gather, reduce-scatter and all-to-all, twice that for
-        all-reduce (Patarasuk & Yuan 2009), all of it for a permutation.
-        """
-        if self.kind == "collective-permute":
-            return float(self.payload * self.times)
-        share = (self.devices - 1) / self.devices
-        return self.payload * self.times * share * (2 if self.kind == "all-reduce" else 1)
-
-
 def read_collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
     """Returns the collectives of a program compiled for this mesh, in no particular order.
 
@@ -72,14 +41,6 @@ def read_collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collectiv
     found: list[Collective] = []
     _visit(entry, 1, computations, tuple(mesh.shape.items()), found)
     return found
-
-
-def summed(collectives: Iterable[Collective]) -> dict[str, int]:
-    """Returns payload bytes of a step by kind; kinds that do not occur are left out."""
-    totals: dict[str, int] = {}
-    for one in collectives:
-        totals[one.kind] = totals.get(one.kind, 0) + one.payload * one.times
-    return totals
 
 
 def _visit(
