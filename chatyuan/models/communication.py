@@ -93,7 +93,9 @@ def step_communication(
         if not optimized:
             one += activations.second_lookup()
     found += [
-        dataclasses.replace(c, times=c.times * microbatches) for c in one if c.devices > 1 and c.times
+        dataclasses.replace(c, times=c.times * microbatches)
+        for c in one
+        if c.devices > 1 and c.times
     ]
     return found
 

@@ -141,7 +141,7 @@ def _wrong_product(shape: Mapping[str, int], needed: int, count: int, slices: in
     suggestion = {"data": -1, **kept}
     return (
         f"MESH {written} needs {'a multiple of ' if -1 in shape.values() else ''}{needed} devices "
-        f"but there are {count}; use --gin.MESH=\"{suggestion}\" (-1 = all the rest)."
+        f'but there are {count}; use --gin.MESH="{suggestion}" (-1 = all the rest).'
     )
 
 

@@ -35,6 +35,7 @@ RULES: Rules = {
     "stack": (),
 }
 
+
 def partition_spec(
     axes: Sequence[str | None],
     mesh: AnyMesh,
@@ -98,6 +99,7 @@ def shardings(abstract: Tree, logical_axes: Tree, mesh: AnyMesh, *, rules: Rules
 
     return jax.tree_util.tree_map_with_path(one, abstract, logical_axes)
 
+
 def with_shardings(abstract: Tree, placement: Tree) -> Tree:
     """Returns a tree of `jax.ShapeDtypeStruct`s that know their sharding."""
     return jax.tree.map(
@@ -115,7 +117,9 @@ def constrain_activation(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | 
     """
     if mesh is None:
         return x
-    spec = partition_spec(axes, mesh, shape=x.shape, name=f"activation {'x'.join(map(str, x.shape))}")
+    spec = partition_spec(
+        axes, mesh, shape=x.shape, name=f"activation {'x'.join(map(str, x.shape))}"
+    )
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 

@@ -169,7 +169,8 @@ def _placement(
             name="/".join(path),
             rules=unsplit if path in whole else rules,
         )
-        own[path] = tuple(entry or () for entry in spec)
+        # jax writes a single axis without its tuple.
+        own[path] = tuple((e,) if isinstance(e, str) else e or () for e in spec)
         shared[path] = own[path]
         if config.zero_stage:
             shared[path] = _among_copies(parameter.shape, own[path], mesh, rules)
@@ -287,4 +288,3 @@ def _owner(path: Path, parameters: Mapping[Path, _Parameter]) -> Path | None:
 
 def _keys(path: tuple) -> Path:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
