@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from chatyuan.errors import UserError
 from chatyuan.kernels import AlibiBias, AttentionMask, Bias, RelativePositionBias, prepare
 from chatyuan.models.attention import Attention
 from chatyuan.models.config import ModelConfig
@@ -201,6 +202,7 @@ class Stack(nnx.Module):
             return body(nnx.merge(graph, params), carry, index, x)
 
         if self.config.remat in _POLICIES:
+            _check_memory(self.config)
             layer = jax.checkpoint(layer, policy=_POLICIES[self.config.remat])
         if self.config.scan_layers and not unroll:
             indices = jnp.arange(self.num_layers, dtype=jnp.int32)
@@ -283,6 +285,18 @@ class Stack(nnx.Module):
         x_BTD = dropout(x_BTD, rate, key, self.num_layers)
         x_BTD, _ = self.run(body, x_BTD)
         return dropout(self.final_norm(x_BTD), rate, key, self.num_layers + 1)
+
+
+def _check_memory(config: ModelConfig) -> None:
+    """Raises UserError where activations would wait in a memory that the backend does not have."""
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if config.remat == "offload" and "pinned_host" not in kinds:
+        raise UserError(
+            f"ModelConfig.remat = 'offload' needs a backend with pinned_host memory; "
+            f"{device.device_kind} has {', '.join(kinds) or 'none'}. Use 'full', which keeps the "
+            "same activations on the device."
+        )
 
 
 def _stream(x_BTD: Array, *, mesh: Mesh | None, config: ModelConfig) -> Array:

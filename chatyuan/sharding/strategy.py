@@ -83,6 +83,13 @@ class Placement:
     updates: Tree
     whole: tuple[str, ...] = ()
 
+    def facts(self) -> dict[str, str]:
+        """Returns what the memory budget decided, for the lines printed at the start of a run."""
+        if not self.whole:
+            return {}
+        count = len(jax.tree.leaves(self.updates))
+        return {"not split by fsdp": f"{len(self.whole)} of {count}: {', '.join(self.whole)}"}
+
 
 def place(
     abstract_state: Any,

@@ -287,7 +287,7 @@ def run(
                     if ramp
                     else None
                 ),
-                facts=parts.facts(),
+                facts=parts.facts() | places.facts(),
             )
 
 
@@ -431,8 +431,8 @@ def _activation_bytes(parts: Parts) -> float:
     rows = data.batch_size / parts.config.microbatches / shards
     width = 2 if config.dtype == "bfloat16" else 4
     everything = 14 + 4 * config.mlp_dim / config.embed_dim
-    streams = {"full": 1.0, "dots": 8.0}.get(config.remat, everything)
-    scores = 0 if config.remat in ("full", "selective") else 2 * config.num_heads
+    streams = {"full": 1.0, "dots": 8.0, "offload": 0.0}.get(config.remat, everything)
+    scores = 0 if config.remat in ("full", "selective", "offload") else 2 * config.num_heads
     if config.architecture == "prefix_lm":
         length = data.input_length + data.target_length
         sides = [(config.num_decoder_layers, length, length)]

