@@ -40,6 +40,7 @@ Batch = Mapping[str, Any]
 # learned from what in which order.
 MAY_CHANGE = (
     "vocabulary", "init_from", "init_from_ema", "mesh", "sharding", "checkpoint", "loop",
+    "model.scan_layers", "model.remat", "model.sequence_parallel", "model.attention_implementation",
     "schedule.train_steps", "data.cache_dir", "data.threads", "data.prefetch", "eval_split",
     "eval_batches", "sample_decoding", "num_samples", "tensorboard",
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Runs that are stopped, continued, made longer or grown: they learn what one run would have."""
 
 import os
+import re
 import signal
 
 import numpy as np
@@ -167,6 +168,28 @@ def test_a_growing_batch_learns_what_small_batches_do(shop):
     ours, theirs = arrays(shop.root / "ramp", 2), arrays(shop.root / "eight", 2)
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name], rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_strategy_and_a_mesh_change_where_things_are_and_nothing_else(shop, capsys):
+    """ZeRO-2 with tensor and sequence parallelism; continued under ZeRO-3."""
+    leaves = [f"--gin_file=gin/sharding/{name}.gin" for name in ("zero2", "sequence")]
+    mesh = {"MESH": "{'data': 4, 'tensor': 2}", "MICROBATCHES": 2}
+    assert shop.run("pretrain", *leaves, "--dry_run", MODEL_DIR=shop.root / "split",
+                    MIXTURE=shop.text, TRAIN_STEPS=2, **mesh) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "mesh {'data': 4, 'tensor': 2}" in said
+    assert re.search(r"zero_stage +2", said) and re.search(r"sequence_parallel +True", said)
+    alone = small(shop, "whole", MICROBATCHES=2, MESH="{'data': 4, 'tensor': 2}", TRAIN_STEPS=4)
+    settings = {"pretrain__Config__num_samples": 1, "pretrain__Config__eval_split": "'validation'"}
+    small(shop, "split", *leaves, **mesh, **settings)
+    zero3 = "--gin_file=gin/sharding/zero3.gin"
+    settings = {"MICROBATCHES": 2, "MESH": "{'data': 2, 'fsdp': 2, 'tensor': 2}", "TRAIN_STEPS": 4}
+    split = small(shop, "split", zero3, **settings)
+    assert [row["step"] for row in split] == [1, 2, 3, 4]
+    for ours, theirs in zip(split, alone, strict=True):
+        for name in ("loss", "grad_norm", "accuracy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
 def test_a_run_that_cannot_go_on_says_so_in_one_line(shop, monkeypatch, capsys):
