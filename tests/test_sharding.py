@@ -205,6 +205,14 @@ def test_length_that_does_not_divide_over_the_sequence_axis():
         sharding.shard_batch({"tokens": np.zeros((8, 5), np.int32)}, _mesh(data=4, sequence=2))
 
 
+def test_length_that_does_not_divide_over_sequence_parallel_devices():
+    batch, mesh = {"tokens": np.zeros((8, 6), np.int32)}, _mesh(data=2, tensor=4)
+    sharding.check_lengths(batch, mesh)
+    with pytest.raises(UserError) as error:
+        sharding.check_lengths(batch, mesh, sequence_parallel=True)
+    assert "tokens: its axis 'norm_length' of size 6 does not divide over 4" in str(error.value)
+
+
 def test_check_batch_counts_microbatches():
     mesh = _mesh(data=8)
     sharding.check_batch(32, mesh, 4)

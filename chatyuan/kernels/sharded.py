@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from chatyuan.errors import UserError
 from chatyuan.kernels.attention import dot_product_attention
 from chatyuan.kernels.masks import AttentionMask
 from chatyuan.kernels.relative_bias import AlibiBias, Bias, DenseBias, RelativePositionBias
-from chatyuan.sharding import RULES
+from chatyuan.sharding import RULES, describe
 
 Array = jax.Array
 
@@ -45,11 +46,20 @@ def sharded_attention(
         mask: of the whole arrays, as without a mesh.
         bias: likewise.
         **options: of `dot_product_attention`: scale, implementation, ...
+
+    Raises:
+        UserError: N does not divide.
     """
     batch, q_len, heads, _ = query.shape
     kv_len, kv_heads = key.shape[1:3]
+    parts = _parts(mesh, "heads")
+    if heads % parts:
+        raise UserError(
+            f"attention has {heads} heads, which do not divide over {parts} devices (MESH "
+            f"{describe(mesh)}); set MESH tensor to a divisor of {heads}."
+        )
     start, end = (mask or AttentionMask()).intervals(batch, q_len, kv_len)
-    if kv_heads % _parts(mesh, "heads"):
+    if kv_heads % parts:
         key, value = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (key, value))
 
     rows, length, heads_axis = RULES["batch"], RULES["length"], RULES["heads"]

@@ -1,6 +1,12 @@
 """Where arrays live: the mesh, the rules table, the strategy, and the communication they cost."""
 
-from chatyuan.sharding.batch import abstract_batch, batch_sharding, check_batch, shard_batch
+from chatyuan.sharding.batch import (
+    abstract_batch,
+    batch_sharding,
+    check_batch,
+    check_lengths,
+    shard_batch,
+)
 from chatyuan.sharding.communication import Collective, Use, parameter_communication, summed
 from chatyuan.sharding.compiled import read_collectives
 from chatyuan.sharding.mesh import MESH_AXES, abstract_mesh, describe, make_mesh, mesh_sizes
@@ -31,6 +37,7 @@ __all__ = [
     "batch_sharding",
     "bytes_per_device",
     "check_batch",
+    "check_lengths",
     "constrain",
     "constrain_activation",
     "describe",

@@ -84,3 +84,21 @@ def check_batch(size: int, mesh: Mesh, microbatches: int = 1, *, rules: Rules = 
         f"train batch of {size} sequences does not divide over {' times '.join(into)}; "
         f"use {f'{below} or {above}' if below else above}: --gin.BATCH_SIZE={below or above}"
     )
+
+
+def check_lengths(
+    host_batch: Mapping[str, np.ndarray], mesh: Mesh, *, sequence_parallel: bool = False
+) -> None:
+    """Checks that the lengths of all features divide over the mesh.
+
+    Args:
+      host_batch: [rows of this process, length, ...] per feature.
+      mesh: of `make_mesh`.
+      sequence_parallel: whether `tensor` splits lengths too.
+
+    Raises:
+      UserError: naming the feature whose length does not.
+    """
+    axis = "norm_length" if sequence_parallel else "length"
+    for name, value in host_batch.items():
+        partition_spec((None, axis), mesh, shape=np.shape(value)[:2], name=name)

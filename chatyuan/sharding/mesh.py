@@ -150,7 +150,11 @@ def _wrong_slices(shape: Mapping[str, int], slices: int | None, devices: int = 0
     needed = math.prod(s for n, s in shape.items() if n.startswith(ACROSS) and s != -1)
     rest = {name: size for name, size in shape.items() if not name.startswith(ACROSS)}
     if slices is None:
-        return f"MESH {written} cuts {devices} devices into {needed} slices, which is not even."
+        return (
+            f"MESH {written} cuts {devices} devices into {needed} slices, which is not even; use a "
+            f"divisor of {devices}, or none where there is one slice: "
+            f'--gin.MESH="{rest or {"data": -1}}".'
+        )
     suggestion = {f"{ACROSS}data": slices, **rest} if slices > 1 else rest or {"data": -1}
     return (
         f"MESH {written or 'without a dcn_ axis'} needs {needed} slices but the devices form "

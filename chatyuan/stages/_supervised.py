@@ -228,6 +228,7 @@ def run(
     """
     configs.check_same_run(config, config.model_dir, MAY_CHANGE)
     parts = assemble(config)
+    _check_lengths(parts)
     schedule = make_schedule(config.schedule)
     abstract_params, axes = parts.model.abstract_params(), parts.model.logical_axes()
     optimizer = make_optimizer(config.optimizer, schedule, abstract_params, axes)
@@ -390,11 +391,22 @@ def dry_run(config: TrainingConfig, *, assemble: Callable[[Any], Parts] = assemb
     """Validates everything, shows two examples and the costs. Compiles and writes nothing."""
     configs.check_same_run(config, config.model_dir, MAY_CHANGE)
     parts = assemble(config)
+    _check_lengths(parts)
+    batch = sharding.abstract_batch(parts.loader.padding(), parts.mesh)
+    jax.eval_shape(parts.loss_fn(), parts.model.abstract_params(), batch, jax.random.key(0))
     print("Two rows as the model sees them:")
     for text in parts.rendered(2):
         print(text)
     for name, value in {**parts.facts(), **_costs(parts)}.items():
         print(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value}")
+
+
+def _check_lengths(parts: Parts) -> None:
+    sharding.check_lengths(
+        parts.loader.padding(),
+        parts.mesh,
+        sequence_parallel=parts.config.model.sequence_parallel,
+    )
 
 
 def _costs(parts: Parts) -> dict[str, str]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from chatyuan.errors import UserError
 from chatyuan.kernels import (
     AlibiBias,
     AttentionMask,
@@ -101,6 +102,12 @@ def test_kernels_run_on_every_device(implementation, mesh):
 def test_cross_attention_with_queries_split():
     mesh = make_mesh(MESHES["rows_heads_queries"])
     compare(mesh, "xla", "none", False, (16, 40), 4)
+
+
+def test_heads_that_do_not_divide():
+    x = jnp.zeros((B, 8, 6, H))
+    with pytest.raises(UserError, match="6 heads, which do not divide over 4 devices .MESH data=2"):
+        sharded_attention(x, x, x, mesh=make_mesh({"data": 2, "tensor": 4}))
 
 
 def test_without_a_mesh_no_kernel_is_chosen_for_several_devices():

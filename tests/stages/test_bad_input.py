@@ -81,6 +81,21 @@ MISTAKES: dict[str, tuple[str, dict, list[str]]] = {
         "pretrain", RUN | {"MESH": "{{'data': 3}}"},
         ["MESH data=3 needs 3 devices but there are 8"],
     ),
+    "slices that the devices do not form": (
+        "pretrain", RUN | {"MESH": "{{'dcn_data': 3, 'fsdp': -1}}"},
+        ["MESH dcn_data=3 cuts 8 devices into 3 slices", "--gin.MESH=\"{{'fsdp': -1}}\""],
+    ),
+    "heads that do not divide": (
+        "pretrain", RUN | {"MESH": "{{'data': 2, 'tensor': 4}}"},
+        ["decoder/relpos_bias/rel_embedding: its axis 'heads' of size 2 does not divide over 4 "
+         "devices (MESH data=2 tensor=4); set MESH tensor to a divisor of 2"],
+    ),
+    "length that does not divide": (
+        "pretrain", RUN | {"MESH": "{{'data': 2, 'tensor': 4}}", "TARGET_LENGTH": "26",
+                           "chatyuan.models.config.ModelConfig.num_heads": "4",
+                           "chatyuan.models.config.ModelConfig.sequence_parallel": "True"},
+        ["decoder_", "its axis 'norm_length' of size 26 does not divide over 4"],
+    ),
     "mesh axis that does not exist": (
         "pretrain", RUN | {"MESH": "{{'dta': 8}}"},
         ["MESH has the axis 'dta'", "Did you mean data"],
