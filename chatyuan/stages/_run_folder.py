@@ -10,9 +10,11 @@ from chatyuan import checkpoints
 from chatyuan.configs import from_json
 from chatyuan.errors import UserError
 from chatyuan.models.config import ModelConfig
+from chatyuan.models.reward import Normalisation, RewardModel, read_normalisation
 from chatyuan.text.vocabulary import Vocabulary
 
 VOCABULARY_NAME = "vocabulary.model"
+REWARD_MODEL = "reward_model"  # the `kind` in a reward model's checkpoints; others have none
 
 
 def keep_vocabulary(vocabulary: Vocabulary, model_dir: str | os.PathLike[str]) -> None:
@@ -81,3 +83,33 @@ def read_model(path: str, vocabulary: str | None = None) -> tuple[ModelConfig, V
     loaded = Vocabulary(file)
     check_vocabulary(path, meta, loaded)
     return from_json(ModelConfig, meta["model"]), loaded
+
+
+def read_reward_model(
+    path: str, vocabulary: Vocabulary, *, setting: str = "REWARD_MODEL", raw: bool = False
+) -> tuple[RewardModel, Normalisation]:
+    """Returns the reward model of a run of `reward`, and how to normalise its scores.
+
+    Its weights are `checkpoints.load_params(path, model.abstract_params())`.
+
+    Args:
+        path: MODEL_DIR, its checkpoints folder, or one STEP folder.
+        vocabulary: the policy's; scores are of token ids, so the reward model must have the same.
+        setting: what the user set, for messages.
+        raw: accept a checkpoint without normalisation, and do not normalise.
+
+    Raises:
+        UserError: nothing there, not a reward model, another vocabulary, no normalisation.
+    """
+    try:
+        meta = checkpoints.read_meta(path)
+    except UserError as error:
+        raise UserError(f"{setting} = {path}: {error}") from error
+    if meta.get("kind") != REWARD_MODEL:
+        raise UserError(
+            f"{setting} = {path} is not a reward model. Train one first: python run.py reward "
+            f"--gin.INIT_FROM={path} --gin.MIXTURE=..."
+        )
+    check_vocabulary(path, meta, vocabulary, setting)
+    model = RewardModel(from_json(ModelConfig, meta["model"]))
+    return model, Normalisation() if raw else read_normalisation(path, meta)
