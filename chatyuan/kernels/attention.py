@@ -12,6 +12,7 @@ from chatyuan.kernels.block_sizes import BlockSizes
 from chatyuan.kernels.masks import AttentionMask
 from chatyuan.kernels.relative_bias import Bias, DenseBias, RelativePositionBias
 from chatyuan.kernels.tiles import TPU_MOST_TILES, TPU_TILE, Tiling
+from chatyuan.ops.platform import target_platform
 
 Array = jax.Array
 
@@ -161,7 +162,7 @@ def prepare(
     """
     name, _ = select_implementation(
         implementation,
-        platform=jax.default_backend(),
+        platform=target_platform(),
         q_len=q_len,
         kv_len=kv_len,
         mask=mask,
@@ -208,7 +209,7 @@ def dot_product_attention(
     assert key.shape == value.shape and key.shape[0] == batch, (query.shape, key.shape, value.shape)
     assert key.shape[3] == head_dim and heads % key.shape[2] == 0, (query.shape, key.shape)
     call = {
-        "platform": jax.default_backend(),
+        "platform": target_platform(),
         "q_len": q_len,
         "kv_len": key.shape[1],
         "head_dim": head_dim,

@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from chatyuan.ops.losses import LossSums, LossTerms, RowStatistics, token_losses
 from chatyuan.ops.matmul import weight_gradient
+from chatyuan.ops.platform import target_platform
 from chatyuan.sharding import RULES
 
 Array = jax.Array
@@ -331,15 +332,24 @@ def _gradients(
 
 def _chunking(how: _Head, tokens: int, columns: int) -> tuple[int, int]:
     """Tokens of a chunk and how many chunks cover all tokens; the last one may overlap another."""
-    most = how.chunk_tokens
+    chunk = chunk_of(tokens, columns, how.chunk_tokens)
+    return chunk, math.ceil(tokens / chunk)
+
+
+def chunk_of(tokens: int, columns: int, most: int | None = None) -> int:
+    """Returns the tokens whose logits exist at a time on one device.
+
+    Args:
+      tokens: of the device.
+      columns: of the vocabulary on the device.
+      most: at most so many; None = by platform.
+    """
     if most is None:
-        on_host = jax.default_backend() == "cpu"
-        few = _CHUNK_HOST if on_host else _CHUNK_ACCELERATOR
+        few = _CHUNK_HOST if target_platform() == "cpu" else _CHUNK_ACCELERATOR
         most = max(few, _LOGITS_AT_LEAST // (4 * columns))
     assert most > 0 and tokens > 0, (most, tokens)
     even = math.ceil(tokens / math.ceil(tokens / most))
-    chunk = min(math.ceil(even / 8) * 8, most, tokens)
-    return chunk, math.ceil(tokens / chunk)
+    return min(math.ceil(even / 8) * 8, most, tokens)
 
 
 def _chunk(i: Array, chunk: int, *arrays: Array) -> tuple[Array, list[Array], Array]:
