@@ -24,6 +24,7 @@ CORE = [
     "sentencepiece>=0.2.1,<0.2.3",
     "numba>=0.61",
     "numpy>=2.0",
+    "scipy>=1.13",
     "tensorboardX>=2.6",
     "rich>=13",
     "matplotlib>=3.9",

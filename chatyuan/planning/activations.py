@@ -7,7 +7,8 @@
    and two layers give all sizes; tracing costs the same for 2 layers as for 96.
 3. Tensor parallelism is the same model with fewer heads and a narrower feed-forward block.
 4. While one layer is differentiated, what its policy did not keep is computed again, and gradients
-   flow through its feed-forward block: that is `layer_workspace`. The loss has one chunk of logits
+   flow through its feed-forward block, in the places of what they have used: the larger of both is
+   `layer_workspace`. The loss has one chunk of logits
    and the gradient of the hidden states: `loss_workspace`. Both are estimates of what XLA
    allocates; the rest is a count.
 5. On CPU, XLA stores bfloat16 temporaries as float32: they count 4 bytes there.
@@ -117,10 +118,12 @@ def activations(
         (everything.decoder_row, policy.decoder_row, of_decoder, decoder),
     ):
         if layers:
-            flowing = length * width * (
-                (len(local.mlp_activations) + 1) * local.mlp_dim + 2 * local.embed_dim
+            flowing = (
+                length
+                * width
+                * ((len(local.mlp_activations) + 1) * local.mlp_dim + 2 * local.embed_dim)
             )
-            of_layer = max(of_layer, rows / sequence * (all_of - some_of + flowing))
+            of_layer = max(of_layer, rows / sequence * max(all_of - some_of, flowing))
     tokens = max(1, math.ceil(rows * of_decoder / sequence))
     return Activations(
         kept=rows * per_row / sequence + gathered,
@@ -131,9 +134,7 @@ def activations(
 
 
 @functools.lru_cache(maxsize=256)
-def kept_of(
-    config: ModelConfig, lengths: tuple[int, int], loss: LossConfig, platform: str
-) -> Kept:
+def kept_of(config: ModelConfig, lengths: tuple[int, int], loss: LossConfig, platform: str) -> Kept:
     """Returns what autodiff keeps of this model's loss; see the module's text.
 
     Args:

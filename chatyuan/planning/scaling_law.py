@@ -188,9 +188,7 @@ def _objective(
     predicted, weights = _log_loss(theta, n, d)
     difference = predicted - loss
     size = np.abs(difference)
-    huber = np.where(
-        size <= HUBER_DELTA, difference**2 / 2, HUBER_DELTA * (size - HUBER_DELTA / 2)
-    )
+    huber = np.where(size <= HUBER_DELTA, difference**2 / 2, HUBER_DELTA * (size - HUBER_DELTA / 2))
     slope = np.clip(difference, -HUBER_DELTA, HUBER_DELTA)
     by_a, by_b, by_e = (slope * weights).sum(axis=1)
     by_alpha, by_beta = (slope * weights[0] * -n).sum(), (slope * weights[1] * -d).sum()
