@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,6 +135,44 @@ def predict(
 def checkpoint_bytes(state: Any) -> int:
     """Returns the size of a checkpoint on disk: the whole state, uncompressed."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def device_limit() -> int | None:
+    """Returns the bytes that one device of this process may hold; None = not known.
+
+    On CPU that is the host's memory divided among the devices that share it.
+    """
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return pages // jax.local_device_count()
+    return None
+
+
+def too_little(needed: float, limit: float, *, state_alone: bool = False) -> str:
+    """Returns what to tell where a device's memory does not suffice, with the remedies in order.
+
+    Args:
+        needed: bytes that one device would hold.
+        limit: bytes that it has.
+        state_alone: whether `needed` is without activations, so that no smaller batch helps.
+    """
+    what = "weights, gradients and optimizer state alone" if state_alone else "this run"
+    remedies = (
+        "split them: --gin_file=gin/sharding/zero1.gin, then zero3.gin with --gin.MESH on more "
+        "devices; or take an optimizer with less state (gin/optimizers/adafactor.gin)"
+        if state_alone
+        else "in this order: raise --gin.MICROBATCHES, recompute (gin/sharding/remat_dots.gin, "
+        "then remat_full.gin), split the state (gin/sharding/zero1.gin, zero3.gin)"
+    )
+    return (
+        f"{what} would take {needed / 2**30:.3g} GiB of each device, which has "
+        f"{limit / 2**30:.3g} GiB: {(needed - limit) / 2**30:.3g} GiB too much. "
+        f"Remedies: {remedies}."
+    )
 
 
 def _bytes(places: Any, state: Any, field: str) -> int:

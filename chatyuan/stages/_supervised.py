@@ -7,6 +7,7 @@ loss, evaluation). The order matters: every mistake is found before the first fi
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from chatyuan.models import build
 from chatyuan.models.attention import training_implementation
 from chatyuan.models.config import ModelConfig, flops_per_example
 from chatyuan.models.loss import LossConfig, LossFn, eval_loss, supervised_loss
+from chatyuan.planning import memory
 from chatyuan.sharding import ShardingConfig
 from chatyuan.stages import _run_folder, _samples
 from chatyuan.text.vocabulary import Vocabulary
@@ -237,6 +239,7 @@ def run(
     )
     abstract = jax.eval_shape(initialise, abstract_params)
     places = sharding.place(abstract, axes, parts.mesh, config.sharding)
+    _check_memory(parts, abstract, places)
     placement = places.state
     abstract = sharding.with_shardings(abstract, placement)
 
@@ -410,54 +413,49 @@ def _check_lengths(parts: Parts) -> None:
 
 
 def _costs(parts: Parts) -> dict[str, str]:
-    """Memory of one device and disk of one checkpoint, from shapes alone."""
-    config = parts.config
-    abstract_params, axes = parts.model.abstract_params(), parts.model.logical_axes()
-    optimizer = make_optimizer(
-        config.optimizer, make_schedule(config.schedule), abstract_params, axes
+    """Memory of one device by kind and disk of one checkpoint, from shapes alone."""
+    state = memory.abstract_state(
+        parts.model, parts.config.optimizer, parts.config.ema_decay is not None
     )
-    state = jax.eval_shape(
-        functools.partial(init_state, optimizer=optimizer, ema=config.ema_decay is not None),
-        abstract_params,
-    )
-    places = sharding.place(state, axes, parts.mesh, config.sharding)
-    per_device = sharding.bytes_per_device(state, places.state)
-    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    activations = _activation_bytes(parts)
-    gradients = sharding.bytes_per_device(abstract_params, places.gradients)
+    predicted = _predicted(parts, state)
+    kinds = " + ".join(f"{n} {size / 2**30:.2f}" for n, size in predicted.kinds().items())
     return {
-        "memory per device": f"{(per_device + gradients + activations) / 2**30:.2f} GiB = state "
-        f"{per_device / 2**30:.2f} + gradients {gradients / 2**30:.2f} + activations about "
-        f"{activations / 2**30:.2f}",
-        "disk per checkpoint": f"{whole / 2**20:,.0f} MiB",
+        "memory per device": f"{predicted.total / 2**30:.2f} GiB = {kinds}",
+        "disk per checkpoint": f"{memory.checkpoint_bytes(state) / 2**20:,.0f} MiB",
     }
 
 
-def _activation_bytes(parts: Parts) -> float:
-    """Rough size of what the backward pass keeps on one device: per-layer streams, scores, logits.
+def _predicted(parts: Parts, state: Any) -> memory.Memory:
+    data = parts.loader.config
+    return memory.predict(
+        parts.model,
+        state,
+        parts.mesh,
+        batch_size=data.batch_size,
+        lengths=(data.input_length, data.target_length),
+        platform=jax.default_backend(),
+        strategy=parts.config.sharding,
+        microbatches=parts.config.microbatches,
+    )[0]
 
-    About 14 + 4 F/D streams of width D a layer without rematerialisation (after Korthikanti et al.
-    2022, arXiv:2205.05198, equation 1, in elements), one with "full", and the float32 logits.
+
+def _check_memory(parts: Parts, state: Any, places: sharding.Placement) -> None:
+    """Predicts, before anything is compiled, whether a device's memory suffices.
+
+    Raises:
+        UserError: weights, gradients and optimizer state alone exceed it.
     """
-    config, data = parts.config.model, parts.loader.config
-    shards = parts.mesh.shape["data"] * parts.mesh.shape["fsdp"]
-    rows = data.batch_size / parts.config.microbatches / shards
-    width = 2 if config.dtype == "bfloat16" else 4
-    everything = 14 + 4 * config.mlp_dim / config.embed_dim
-    streams = {"full": 1.0, "dots": 8.0, "offload": 0.0}.get(config.remat, everything)
-    scores = 0 if config.remat in ("full", "selective", "offload") else 2 * config.num_heads
-    if config.architecture == "prefix_lm":
-        length = data.input_length + data.target_length
-        sides = [(config.num_decoder_layers, length, length)]
-        targets = length
-    else:
-        sides = [
-            (config.num_encoder_layers, data.input_length, data.input_length),
-            (config.num_decoder_layers, data.target_length, data.input_length + data.target_length),
-        ]
-        targets = data.target_length
-    kept = sum(
-        layers * (queries * config.embed_dim * streams + scores * queries * keys)
-        for layers, queries, keys in sides
-    )
-    return rows * (kept * width + 2 * 4 * targets * config.vocab_size)
+    limit = memory.device_limit()
+    if limit is None:
+        return
+    sums = 2 if parts.config.microbatches > 1 else 1
+    held = sharding.bytes_per_device(state, places.state)
+    held += sums * sharding.bytes_per_device(state.params, places.gradients)
+    if held > limit:
+        raise UserError(memory.too_little(held, limit, state_alone=True))
+    # Tracing takes a second, which a small model on a CPU need not wait for.
+    if jax.default_backend() == "cpu" and held < limit / 4:
+        return
+    total = _predicted(parts, state).total
+    if total > limit and jax.process_index() == 0:
+        print(f"Warning: {memory.too_little(total, limit)}", file=sys.stderr, flush=True)

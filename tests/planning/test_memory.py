@@ -1,15 +1,20 @@
 """Predicted memory against XLA's own analysis, and large models on meshes that do not exist."""
 
 import dataclasses
+import types
 
 import pytest
 
 from chatyuan import configs, main, sharding
+from chatyuan.data.loader import DataConfig
+from chatyuan.errors import UserError
 from chatyuan.models import build
 from chatyuan.models.config import ModelConfig
 from chatyuan.models.loss import supervised_loss
+from chatyuan.planning import memory
 from chatyuan.planning.activations import abstract_batch
 from chatyuan.planning.memory import abstract_state, predict
+from chatyuan.stages import _supervised
 from chatyuan.train.optimizers import OptimizerConfig, make_optimizer
 from chatyuan.train.schedules import ScheduleConfig, make_schedule
 from chatyuan.train.step import make_train_step
@@ -37,7 +42,7 @@ def test_memory_is_what_xla_allocates(name):
     optimizer_config = OptimizerConfig(name="adamw")
     state = abstract_state(model, optimizer_config)
     mesh = sharding.abstract_mesh({"data": 1}, 1)
-    memory, _ = predict(
+    found, _ = predict(
         model, state, mesh, batch_size=rows, lengths=lengths, platform="cpu",
     )  # fmt: skip
     schedule = make_schedule(ScheduleConfig(name="constant"))
@@ -49,9 +54,9 @@ def test_memory_is_what_xla_allocates(name):
     measured = step.lower(state, batch).compile().memory_analysis()
     of_batch = sum(leaf.size * leaf.dtype.itemsize for leaf in batch.values())
     held = measured.argument_size_in_bytes - of_batch
-    assert memory.weights + memory.optimizer == pytest.approx(held, rel=0.01)
-    temporaries = measured.temp_size_in_bytes - memory.gradients
-    assert memory.activations.total == pytest.approx(temporaries, rel=0.25)
+    assert found.weights + found.optimizer == pytest.approx(held, rel=0.01)
+    temporaries = measured.temp_size_in_bytes - found.gradients
+    assert found.activations.total == pytest.approx(temporaries, rel=0.25)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +69,12 @@ def test_large_models_shard_over_256_devices_that_do_not_exist(leaf, parameters)
     assert model.num_params == parameters
     state = abstract_state(model, OptimizerConfig(name="adamw"))
     mesh = sharding.abstract_mesh({"fsdp": 256}, 256)
-    memory, _ = predict(
+    found, _ = predict(
         model, state, mesh, batch_size=256, lengths=(512, 114), platform="tpu"
     )  # fmt: skip
-    assert memory.weights == pytest.approx(4 * parameters / 256, rel=0.02)
-    assert memory.optimizer == pytest.approx(2 * memory.weights, rel=0.02)
-    assert sum(memory.kinds().values()) == pytest.approx(memory.total)
+    assert found.weights == pytest.approx(4 * parameters / 256, rel=0.02)
+    assert found.optimizer == pytest.approx(2 * found.weights, rel=0.02)
+    assert sum(found.kinds().values()) == pytest.approx(found.total)
 
 
 def test_rematerialisation_and_tensor_parallelism_keep_less():
@@ -98,3 +103,35 @@ def test_plan_compares_meshes_and_recommends(capsys):
         assert words in out
     assert main.main([*argv, "--gin.plan.Config.device=v5"]) == 2
     assert "v5e" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_told_before_compiling(monkeypatch, capsys):
+    model = build(CASES["encoder_decoder"][0])
+    optimizer = OptimizerConfig(name="adamw")
+    state = abstract_state(model, optimizer)
+    mesh = sharding.abstract_mesh({"data": 1}, 1)
+    places = sharding.place(state, model.logical_axes(), mesh)
+    parts = types.SimpleNamespace(
+        model=model,
+        mesh=mesh,
+        config=types.SimpleNamespace(microbatches=1, sharding=None, optimizer=optimizer),
+        loader=types.SimpleNamespace(config=DataConfig(batch_size=16, target_length=64)),
+    )
+    held = sharding.bytes_per_device(state, places.state)
+    held += sharding.bytes_per_device(state.params, places.gradients)
+
+    monkeypatch.setattr(memory, "device_limit", lambda: held - 1)
+    with pytest.raises(UserError, match="weights, gradients and optimizer state alone"):
+        _supervised._check_memory(parts, state, places)
+    monkeypatch.setattr(memory, "device_limit", lambda: held + 1)
+    _supervised._check_memory(parts, state, places)
+    told = capsys.readouterr().err
+    assert "GiB too much" in told
+    assert told.index("MICROBATCHES") < told.index("remat_dots") < told.index("zero1")
+    monkeypatch.setattr(memory, "device_limit", lambda: 2**40)
+    _supervised._check_memory(parts, state, places)
+    assert capsys.readouterr().err == ""
+
+
+def test_this_hosts_devices_share_its_memory():
+    assert 2**27 < memory.device_limit() < 2**45
