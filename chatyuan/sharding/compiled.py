@@ -58,8 +58,12 @@ def _visit(
         text = match.group(1)
         collective = _COLLECTIVE.match(text)
         if collective:
-            found += _read(collective, text, times, sizes)
+            # A TPU's reduce-scatter is a fusion of this name around an all-reduce.
+            kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else None
+            found += _read(collective, text, times, sizes, kind)
             continue
+        if " async-done(" in text or " async-update(" in text:
+            continue  # counted where it starts
         trips = _TRIPS.search(text)
         inner = times * (int(trips.group(1)) if trips and " while(" in text else 1)
         called = _CALLED.findall(text)
@@ -70,7 +74,11 @@ def _visit(
 
 
 def _read(
-    match: re.Match, text: str, times: int, sizes: tuple[tuple[str, int], ...]
+    match: re.Match,
+    text: str,
+    times: int,
+    sizes: tuple[tuple[str, int], ...],
+    fused: str | None,
 ) -> Iterator[Collective]:
     """One collective; several arrays reduced together are one with the sum of their bytes."""
     kind = match.group("kind")
@@ -87,7 +95,7 @@ def _read(
     if devices == 1:
         return
     payload = sum(arrays) * (devices if kind == "reduce-scatter" else 1)
-    yield Collective(kind, axes, payload, devices, times)
+    yield Collective(fused or kind, axes, payload, devices, times)
 
 
 def _groups(text: str, count: int) -> np.ndarray:

@@ -95,6 +95,33 @@ ENTRY %main (p: f32[4]) -> f32[8] {
     assert sharding.read_collectives(hlo, MESH) == [Collective("all-gather", ("tensor",), 32, 2)]
 
 
+def test_what_a_tpu_writes_around_collectives():
+    """Its reduce-scatter is a fusion of an all-reduce; asynchronous ones are computations."""
+    hlo = """HloModule m
+%all-reduce-scatter.1 (a: f32[8]) -> f32[4] {
+  %a = f32[8]{0} parameter(0)
+  %r = f32[8]{0} all-reduce(%a), replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %c = f32[4]{0} dynamic-slice(%r, %i), dynamic_slice_sizes={4}
+}
+
+%async (p.1: f32[4]) -> f32[8] {
+  %p.1 = f32[4]{0} parameter(0)
+  ROOT %g = f32[8]{0} all-gather(%p.1), replica_groups=[4,2]<=[8], dimensions={0}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %f = f32[4]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %s = ((f32[4]{0}), f32[8]{0}, u32[]) async-start(%f), calls=%async
+  ROOT %d = f32[8]{0} async-done(%s), calls=%async
+}
+"""
+    assert sharding.read_collectives(hlo, MESH) == [
+        Collective("reduce-scatter", ("tensor",), 32, 2),
+        Collective("all-gather", ("tensor",), 32, 2),
+    ]
+
+
 def test_a_scattered_sum_costs_what_a_whole_one_does():
     """ZeRO-1 and 2 add no volume to data parallelism; ZeRO-3 adds half."""
     shape = {"w": jax.ShapeDtypeStruct((16, 64), np.float32)}
