@@ -86,7 +86,7 @@ class Cache:
     @property
     def num_tokens(self) -> int:
         """Tokens of all features together, end-of-sequence not counted."""
-        return sum(len(ragged.tokens) for ragged in self.features.values())
+        return sum(self.manifest["tokens"].values())
 
     def examples(self) -> Iterator[dict[str, Any]]:
         """The untokenised examples in row order (inputs, targets, label, answer_choices, ...)."""
@@ -160,8 +160,13 @@ class CacheWriter:
         features: Sequence[str],
         vocabulary: HasHash,
         keep_examples: bool = False,
+        numbers: Mapping[str, str] | None = None,
     ) -> None:
-        """Opens temporary files beside `CACHE_DIR/task/split`."""
+        """Opens temporary files beside `CACHE_DIR/task/split`.
+
+        `numbers` names the features that are no tokens, with the dtype of each.
+        """
+        self._dtypes = {name: np.dtype(dtype) for name, dtype in (numbers or {}).items()}
         self.target = split_path(cache_dir, task, split)
         self.features = tuple(features)
         self._vocabulary = vocabulary
@@ -204,7 +209,8 @@ class CacheWriter:
         with _disk_errors(self.target):
             for name in self.features:
                 assert int(np.sum(lengths[name])) == len(flat[name]), name
-                self._files[name].write(np.ascontiguousarray(flat[name], self._dtype).data)
+                dtype = self._dtypes.get(name, self._dtype)
+                self._files[name].write(np.ascontiguousarray(flat[name], dtype).data)
                 self._lengths[name].append(np.asarray(lengths[name], np.int64))
             if self._examples is not None:
                 for example in examples or ():
@@ -220,14 +226,16 @@ class CacheWriter:
         tokens: dict[str, int] = {}
         with _disk_errors(self.target):
             for name in self.features:
-                count = (self._files[name].tell() - _HEADER) // self._dtype.itemsize
+                dtype = self._dtypes.get(name, self._dtype)
+                count = (self._files[name].tell() - _HEADER) // dtype.itemsize
                 self._files[name].seek(0)
-                self._files[name].write(_npy_header(self._dtype, count))
+                self._files[name].write(_npy_header(dtype, count))
                 offsets = np.zeros(self._num_examples + 1, np.int64)
                 if self._num_examples:
                     np.cumsum(np.concatenate(self._lengths[name]), out=offsets[1:])
                 np.save(self._temporary / f"{name}.offsets.npy", offsets)
-                tokens[name] = count
+                if name not in self._dtypes:
+                    tokens[name] = count
             self._close()
             files = {
                 file.name: _checksums(file, True) for file in sorted(self._temporary.iterdir())

@@ -18,12 +18,13 @@ import numpy as np
 
 from chatyuan.data import cache, sources
 from chatyuan.errors import UserError, did_you_mean
-from chatyuan.text import files
+from chatyuan.text import files, preferences
 from chatyuan.text.vocabulary import Vocabulary
 
 BUILDER_VERSION = 1
 SPLITS = ("train", "validation", "test")
 _BLOCK_ROWS = 4096
+_NUMBERS = {"answer_lengths": "<i4", "ranks": "<i4", "scores": "<f4"}  # of preferences
 _BLOCK_CHARACTERS = 4_000_000
 
 Rate = Callable[[str, Mapping[str, int]], float]
@@ -201,15 +202,19 @@ def _build_or_reuse(
     started = time.monotonic()
     skipped = files.Skipped()
     rows = _guarded(task, split, skipped)
+    numbers = _NUMBERS if task.features == preferences.FEATURES else {}
     with cache.CacheWriter(
         cache_dir,
         task.name,
         split,
-        features=task.features,
+        features=[*task.features, *numbers],
         vocabulary=vocabulary,
         keep_examples=keep_examples,
+        numbers=numbers,
     ) as writer:
-        if task.tokenized:
+        if numbers:
+            documents = _write_preferences(rows, writer, vocabulary, threads)
+        elif task.tokenized:
             documents = _write_ids(task, rows, writer, vocabulary, skipped)
         else:
             documents = _write_text(task, rows, writer, vocabulary, skipped, threads)
@@ -284,6 +289,33 @@ def _write_text(
         for feature in task.features:
             texts = [row[feature] for row in block]
             flat[feature], lengths[feature] = vocabulary.encode_flat(texts, threads=threads)
+        writer.write(flat, lengths, block)
+        documents += len(block)
+    return documents
+
+
+def _write_preferences(
+    rows: Iterable[dict[str, Any]],
+    writer: cache.CacheWriter,
+    vocabulary: Vocabulary,
+    threads: int | None,
+) -> int:
+    """Prompts, their answers one after another, and what says where each ends and ranks."""
+    documents = 0
+    rows = iter(rows)
+    while block := list(itertools.islice(rows, _BLOCK_ROWS)):
+        flat, lengths = {}, {}
+        flat["inputs"], lengths["inputs"] = vocabulary.encode_flat(
+            [row["inputs"] for row in block], threads=threads
+        )
+        answers = [answer for row in block for answer in row["answers"]]
+        flat["answers"], each = vocabulary.encode_flat(answers, threads=threads)
+        counts = np.array([len(row["answers"]) for row in block], np.int64)
+        lengths["answers"] = np.add.reduceat(each, np.cumsum(counts) - counts)
+        flat["answer_lengths"] = each
+        for name in ("ranks", "scores"):
+            flat[name] = np.array([number for row in block for number in row[name]])
+        lengths |= dict.fromkeys(_NUMBERS, counts)
         writer.write(flat, lengths, block)
         documents += len(block)
     return documents

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from chatyuan.errors import UserError
-from chatyuan.text import files
+from chatyuan.text import files, preferences
 
 FILE_PREFIX = "file:"
 EXAMPLE = "__example__"  # key of a tokenized row's untokenised values
@@ -109,7 +109,9 @@ def file_task(name: str) -> BuildTask:
                     skipped["no_inputs"] += 1
                     continue
                 if not groups:
-                    text = "\x1f".join(example[feature] for feature in features)
+                    # Of preferences the prompt decides: it must not be on both sides.
+                    texts = [example[name] for name in features if isinstance(example[name], str)]
+                    text = "\x1f".join(texts)
                     held = hash_fraction(text) < 1 / VALIDATION_EVERY
                     if held != (split == "validation"):
                         continue
@@ -130,6 +132,8 @@ def _features(paths: Sequence[pathlib.Path]) -> tuple[str, ...]:
     skipped = files.Skipped()
     for path in paths:
         for example in files.read_examples(path, skipped):
+            if "answers" in example:
+                return preferences.FEATURES
             return ("inputs", "targets") if "inputs" in example else ("targets",)
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
     raise UserError(

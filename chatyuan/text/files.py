@@ -6,6 +6,7 @@ Shapes of a json object, tried in this order (see `example_of`):
     {"source", "target"}, {"src", "tgt"} ChatYuan; UniLM's s2s-ft
     {"inputs", "targets"}                seqio
     {"title", "content"}, {"text"}, {"content"}   WuDao and news2016zh; C4; The Stack
+    {"prompt", "chosen", "rejected"} and others of `chatyuan.text.preferences`
 Files: .txt (a document per line), .jsonl/.json (an object per line, or one array), .parquet; the
 text ones also gzipped (.gz).
 """
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from chatyuan.errors import UserError, did_you_mean
+from chatyuan.text import preferences
 
 PAIR_KEYS = (("input", "target"), ("source", "target"), ("src", "tgt"), ("inputs", "targets"))
 PROMPT_KEYS = ("inputs", "input", "prompt", "source", "src", "query", "text")
@@ -177,6 +179,12 @@ def read_examples(path: str | os.PathLike[str], skipped: Skipped) -> Iterator[di
         return
     rows = _parquet(path) if suffix == ".parquet" else _objects(path, skipped)
     for row in rows:
+        if preferences.is_preference(row):
+            try:
+                yield preferences.preference_of(row)
+            except preferences.Unusable as reason:
+                skipped[str(reason)] += 1
+            continue
         example = example_of(row)
         if example is None:
             skipped["unknown_shape_or_empty"] += 1
