@@ -1,8 +1,8 @@
 """Several answers to each prompt as arrays, and what a model makes of them in one pass.
 
 The contract of every array here, for an answer y1..yn whose last token is the end token:
-1. The decoder reads d = [start, y1, ..., yn]; hidden state t predicts y(t+1). So a log-probability, a
-   value and a reward of y(t+1) all stand at place t, and arrays have the length of the answers.
+1. The decoder reads d = [start, y1, ..., yn]; hidden state t predicts y(t+1). So log-probability,
+   value and reward of y(t+1) all stand at place t, and arrays have the length of the answers.
 2. State n has read the end token: a reward model scores there. It exists with `reads_end` only.
 3. Masks come from lengths, never from token ids: padding and the start token share an id.
 4. The encoder runs once a prompt; its G answers share the cross keys and values.

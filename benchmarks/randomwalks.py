@@ -1,0 +1,320 @@
+"""Random walks: the smallest task on which alignment can be seen to work, on one CPU core.
+
+A graph of 21 nodes; a prompt is a start node, an answer the rest of a walk to node 0, and its score
+the optimality of its length: 1 for a shortest path, 0 for a walk that never arrives or takes an
+edge that does not exist. The generator is that of trlx (`examples/randomwalks`), whose regression
+benchmark this is. A small encoder-decoder learns the walks first; then each method improves it
+through the functions that `python run.py ppo` uses.
+
+    python benchmarks/randomwalks.py --check
+
+Prints sampled and greedy optimality per seed and their means, and exits 1 where a bar is missed.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import ROOT, Check, finish
+
+sys.path.insert(0, str(ROOT))
+
+from chatyuan.align.config import GROUPED, AlignConfig  # noqa: E402
+from chatyuan.align.experience import make_score  # noqa: E402
+from chatyuan.align.roles import Critic, Split, init_state  # noqa: E402
+from chatyuan.align.rollout import RolloutConfig, make_rollout  # noqa: E402
+from chatyuan.align.update import Learner, make_update  # noqa: E402
+from chatyuan.models import ModelConfig, build  # noqa: E402
+from chatyuan.models.loss import LossConfig, supervised_loss  # noqa: E402
+from chatyuan.models.reward import RewardModel  # noqa: E402
+from chatyuan.train.optimizers import OptimizerConfig, make_optimizer  # noqa: E402
+from chatyuan.train.schedules import ScheduleConfig, make_schedule  # noqa: E402
+from chatyuan.train.step import init_state as train_state  # noqa: E402
+from chatyuan.train.step import make_train_step  # noqa: E402
+
+PAD, EOS, FIRST = 0, 1, 2  # node n is token n + FIRST
+NODES, LONGEST, GOAL = 21, 10, 0
+MODEL = ModelConfig(
+    vocab_size=32,
+    embed_dim=64,
+    mlp_dim=256,
+    num_heads=4,
+    head_dim=16,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    mlp_activations=("relu",),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Walks:
+    """The graph, and walks on it."""
+
+    edges: np.ndarray  # bool [NODES, NODES]
+    walks: list[list[int]]
+    shortest: np.ndarray  # nodes of the shortest path of each start, at most LONGEST
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Every node but the goal."""
+        return np.arange(1, NODES)
+
+    def optimality(self, walk: list[int]) -> float:
+        """trlx's metric: (longest - length) / (longest - shortest), 0 for walks that fail."""
+        length = LONGEST
+        for place, node in enumerate(walk):
+            illegal = node >= NODES or node < 0
+            if illegal or (place and not self.edges[walk[place - 1], node]):
+                break
+            if node == GOAL:
+                length = place + 1
+                break
+        return (LONGEST - length) / (LONGEST - self.shortest[walk[0]])
+
+
+def random_walks(seed: int = 1000, count: int = 1000, p_edge: float = 0.1) -> Walks:
+    """trlx's generator: a random directed graph without dead ends, and walks from random starts."""
+    rng = np.random.RandomState(seed)
+    while True:
+        edges = rng.rand(NODES, NODES) > (1 - p_edge)
+        np.fill_diagonal(edges, 0)
+        if np.all(edges.sum(1)):
+            break
+    edges[GOAL, :] = 0
+    edges[GOAL, GOAL] = 1
+    walks = []
+    for _ in range(count):
+        node = GOAL
+        while node == GOAL:
+            node = rng.randint(NODES)
+        walk = [node]
+        for _ in range(LONGEST - 1):
+            node = rng.choice(np.nonzero(edges[node])[0])
+            walk.append(node)
+            if node == GOAL:
+                break
+        walks.append([int(n) for n in walk])
+    return Walks(edges, walks, _shortest(edges))
+
+
+def _shortest(edges: np.ndarray) -> np.ndarray:
+    """Nodes on the shortest path to the goal, from every node, by breadth-first search."""
+    found = np.full(NODES, LONGEST)
+    found[GOAL], frontier, length = 1, [GOAL], 1
+    while frontier:
+        length += 1
+        before = [n for n in range(NODES) if edges[n, frontier].any() and found[n] == LONGEST]
+        frontier = [n for n in before if n != GOAL]
+        found[frontier] = np.minimum(length, LONGEST)
+    return found
+
+
+def prompts_of(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[start node, end token] as prompts and their lengths."""
+    tokens = np.stack([starts + FIRST, np.full(len(starts), EOS)], axis=1).astype(np.int32)
+    return tokens, np.full(len(starts), 2, np.int32)
+
+
+def scores_of(world: Walks, prompts: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> Any:
+    """Optimality of answers `[B, G, T]`, float32 `[B, G]`; the reward function of the task."""
+    scores = np.zeros(lengths.shape, np.float32)
+    for row, sample in np.ndindex(lengths.shape):
+        answer = tokens[row, sample, : lengths[row, sample]]
+        answer = answer[:-1] if len(answer) and answer[-1] == EOS else answer
+        walk = [int(prompts[row, 0]) - FIRST, *(int(t) - FIRST for t in answer)]
+        scores[row, sample] = world.optimality(walk)
+    return scores
+
+
+def tune(world: Walks, seed: int, steps: int = 400, batch: int = 100) -> Any:
+    """Supervised learning of the walks; returns the weights."""
+    model = build(MODEL)
+    schedule = make_schedule(ScheduleConfig(name="constant", learning_rate=1e-3))
+    optimizer = _adam(model.abstract_params(), model.logical_axes(), schedule)
+    loss = supervised_loss(model, LossConfig(z_loss=0.0))
+    step = make_train_step(loss, optimizer, schedule, seed=seed)
+    state = train_state(model.init(jax.random.key(seed)), optimizer)
+    rows = len(world.walks)
+    prompts, _ = prompts_of(np.array([walk[0] for walk in world.walks]))
+    targets = np.zeros((rows, LONGEST), np.int32)
+    for row, walk in enumerate(world.walks):
+        answer = [node + FIRST for node in walk[1:]] + [EOS]
+        targets[row, : len(answer)] = answer[:LONGEST]
+    real = targets != PAD
+    inputs = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    data = {
+        "encoder_input_tokens": prompts,
+        "encoder_segment_ids": np.ones_like(prompts),
+        "decoder_input_tokens": inputs,
+        "decoder_target_tokens": targets,
+        "decoder_segment_ids": real.astype(np.int32),
+        "decoder_loss_weights": real.astype(np.float32),
+    }
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        places = rng.integers(0, rows, batch)
+        state, _ = step(state, {name: jnp.asarray(x[places]) for name, x in data.items()})
+    return state.params
+
+
+def _adam(shapes: Any, axes: Any, schedule: Any, clip: float | None = None) -> Any:
+    adam = OptimizerConfig(name="adamw", b1=0.9, b2=0.95, weight_decay=0.0, clip_norm=clip)
+    return make_optimizer(adam, schedule, shapes, axes)
+
+
+class Trainer:
+    """One method's compiled programs, shared by all seeds."""
+
+    def __init__(self, world: Walks, method: str, samples: int, rollouts: int = 128) -> None:
+        """Prepares `rollouts` answers an iteration, `samples` of them to a prompt."""
+        self.world, self.samples, self.rows = world, samples, rollouts // samples
+        self.model, self.split = build(MODEL), Split()
+        details = {"value_coef": 1.2} if method == "ppo" else {}
+        self.config = AlignConfig(
+            method=method, epochs=4, minibatches=2, kl_coef=0.0, clip=0.2, **details
+        )
+        assert samples > 1 or method not in GROUPED
+        critic = Critic(RewardModel(MODEL), separate=False) if self.config.has_critic else None
+        self.critic = critic
+        schedule = make_schedule(ScheduleConfig(name="constant", learning_rate=3e-4))
+        self.optimizer = _adam(
+            self.model.abstract_params(), self.model.logical_axes(), schedule, 1.0
+        )
+        shapes, axes = ({}, {}) if critic is None else (
+            critic.abstract_params(), critic.logical_axes()
+        )  # fmt: skip
+        self.critic_optimizer = _adam(shapes, axes, schedule, 1.0)
+        drawing = RolloutConfig(samples=samples, max_length=LONGEST)
+        self.rollout = functools.cache(
+            lambda seed: make_rollout(self.model, drawing, eos_id=EOS, seed=seed)
+        )
+        self.score = make_score(self.model, split=self.split, critic=critic)
+        self.update = functools.cache(self._update)
+
+    def _update(self, seed: int) -> Any:
+        return make_update(
+            Learner(
+                self.config,
+                self.model,
+                self.split,
+                self.optimizer,
+                self.critic,
+                self.critic_optimizer,
+                eos_id=EOS,
+                seed=seed,
+            )  # fmt: skip
+        )
+
+    def run(self, params: Any, seed: int, marks: tuple[int, ...]) -> dict[int, tuple[float, float]]:
+        """Returns {rollouts: (sampled, greedy) optimality} at the marks."""
+        critic = {} if self.critic is None else self.critic.init(jax.random.key(seed))
+        reference = params
+        state = init_state(
+            jax.tree.map(jnp.copy, params),
+            critic,
+            optimizer=self.optimizer,
+            critic_optimizer=self.critic_optimizer,
+            split=self.split,
+            kl_coef=0.0,
+        )
+        results = {}
+        rng = np.random.default_rng(seed)
+        per_iteration = self.rows * self.samples
+        for iteration in range(max(marks) // per_iteration):
+            prompts, lengths = prompts_of(rng.choice(self.world.starts, self.rows))
+            ids = np.arange(iteration * self.rows, (iteration + 1) * self.rows, dtype=np.uint32)
+            rollouts = self.rollout(seed)(state.params, prompts, lengths, ids)
+            experience = self.score(state.params, reference, state.critic, (), rollouts)
+            answers = jax.device_get(rollouts.answers)
+            scores = scores_of(self.world, prompts, answers.tokens, answers.lengths)
+            state, _ = self.update(seed)(state, experience, jnp.asarray(scores))
+            done = (iteration + 1) * per_iteration
+            if done in marks:
+                results[done] = evaluate(self.world, self.model, state.params, seed)
+        return results
+
+
+@functools.cache
+def _judges(seed: int, samples: int) -> tuple[Any, Any]:
+    model = build(MODEL)
+    drawing = RolloutConfig(samples=samples, max_length=LONGEST)
+    return (
+        make_rollout(model, drawing, eos_id=EOS, seed=seed + 10_000),
+        make_rollout(model, drawing, eos_id=EOS, method="greedy"),
+    )
+
+
+def answers_of(world: Walks, params: Any, seed: int, samples: int) -> tuple[Any, Any]:
+    """Scores of `samples` draws of every start `[20, G]`, and of the greedy walks `[20]`."""
+    prompts, lengths = prompts_of(world.starts)
+    ids = np.arange(len(prompts), dtype=np.uint32)
+    scores = []
+    for draw in _judges(seed, samples):
+        answers = jax.device_get(draw(params, prompts, lengths, ids).answers)
+        scores.append(scores_of(world, prompts, answers.tokens, answers.lengths))
+    return scores[0], scores[1][:, 0]
+
+
+def evaluate(world: Walks, model: Any, params: Any, seed: int) -> tuple[float, float]:
+    """(sampled, greedy) optimality, 64 draws a start."""
+    del model
+    sampled, greedy = answers_of(world, params, seed, 64)
+    return float(sampled.mean()), float(greedy.mean())
+
+
+def main() -> int:
+    """Runs all methods on all seeds."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", nargs="?", const="goal", choices=("goal", "floor"), default=None)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", default="ppo,rloo", help="of ppo, rloo, grpo, ...")
+    arguments = parser.parse_args()
+    world = random_walks()
+    data = np.mean([world.optimality(walk) for walk in world.walks])
+    model = build(MODEL)
+    print(
+        f"graph: {NODES} nodes, mean shortest path {world.shortest[1:].mean():.2f} nodes, walks "
+        f"optimal to {data:.3f}; model: {model.num_params:,} parameters"
+    )
+    tuned = {}
+    found: dict[str, list[float]] = {}
+    for seed in range(arguments.seeds):
+        start = time.perf_counter()
+        tuned[seed] = tune(world, seed)
+        sampled, greedy = evaluate(world, model, tuned[seed], seed)
+        many, _ = answers_of(world, tuned[seed], seed, 64)
+        best = many.reshape(len(many), 8, 8).max(-1).mean()
+        found.setdefault("best of 8", []).append(float(best))
+        print(
+            f"seed {seed} tuned: {sampled:.3f} ({greedy:.3f}), best of 8 {best:.3f}, "
+            f"{time.perf_counter() - start:.0f} s"
+        )
+    marks = (640, 1280, 2560)
+    for method in arguments.methods.split(","):
+        trainer = Trainer(world, method, samples=4 if method in GROUPED else 1)
+        for seed in range(arguments.seeds):
+            start = time.perf_counter()
+            results = trainer.run(tuned[seed], seed, marks)
+            for rollouts, (sampled, greedy) in results.items():
+                found.setdefault(f"{method} {rollouts}", []).append(sampled)
+                found.setdefault(f"{method} {rollouts} greedy", []).append(greedy)
+            shown = ", ".join(f"{n}: {a:.3f} ({b:.3f})" for n, (a, b) in results.items())
+            print(f"seed {seed} {method}: {shown}, {time.perf_counter() - start:.0f} s", flush=True)
+    bars = {
+        "best of 8": 0.86, "ppo 1280": 0.90, "ppo 1280 greedy": 0.97, "ppo 2560": 0.94,
+        "rloo 1280": 0.92,
+    }  # fmt: skip
+    checks = [
+        Check(name, float(np.mean(found[name])), bar) for name, bar in bars.items() if name in found
+    ]
+    return finish(checks, arguments.check)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
