@@ -11,7 +11,7 @@ from align_models import EOS, model_and_params, prompts
 
 from chatyuan import sharding
 from chatyuan.align.config import GROUPED, METHODS, AlignConfig
-from chatyuan.align.experience import make_score, reward_scores
+from chatyuan.align.experience import critic_values, make_score, reward_scores
 from chatyuan.align.roles import Critic, Split, init_state
 from chatyuan.align.rollout import RolloutConfig, make_rollout
 from chatyuan.align.targets import make_targets, reward_answers
@@ -168,8 +168,6 @@ def test_a_critic_from_the_reward_model_equals_it_at_the_end(kind):
         tokens=jnp.pad(answers.tokens, ((0, 0), (0, 0), (0, 1)), constant_values=3),
         lengths=answers.lengths + 1,
     )
-    from chatyuan.align.experience import critic_values
-
     critic = Critic(model, separate=True)
     values = jax.jit(lambda: critic_values(critic, params, longer, None, None))()
     last = np.take_along_axis(np.asarray(values), np.asarray(answers.lengths)[..., None], -1)
@@ -213,18 +211,19 @@ def test_resumed_equals_uninterrupted_bitwise():
 
 
 def test_eight_devices_learn_what_one_does():
-    one, _ = world().run(1)
     mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
     config = dataclasses.replace(world().config, minibatches=1, microbatches=1)
     eight, figures = World(config, mesh=mesh).run(1)
     single, want = World(config).run(1)
-    del one
     assert_equal_trees(jax.device_get(eight.params), single.params, atol=2e-4)
     for name in ("score", "kl", "length", "policy_loss", "value_loss", "grad_norm"):
         assert figures[name] == pytest.approx(want[name], rel=1e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [m if m in ("ppo", "rloo") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
+)
 def test_every_method_raises_the_score(method):
     ours = world(method)
     _, first = ours.run(1)
@@ -255,6 +254,7 @@ def test_a_frozen_lower_part_stays_and_the_reference_is_small():
         Split.of(ours.model, 3)
 
 
+@pytest.mark.slow
 def test_a_separate_critic_learns_while_the_policy_waits():
     ours = world(separate=True, critic_warmup=2)
     state, _ = ours.run(2)
@@ -264,6 +264,7 @@ def test_a_separate_critic_learns_while_the_policy_waits():
     assert metrics["explained_variance"] > 0
 
 
+@pytest.mark.slow
 def test_steps_stop_once_the_policy_has_moved():
     ours = world(stop_kl=1e-6)
     state, metrics = ours.run(1)
