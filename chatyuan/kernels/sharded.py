@@ -81,9 +81,13 @@ def sharded_attention(
         mask = AttentionMask(key_start=start, key_end=end)
         return dot_product_attention(query, key, value, mask=mask, bias=here, **options)
 
+    # Inside a region that is manual already, as over stages, it is entered over the other axes.
+    outer = jax.sharding.get_abstract_mesh()
+    nested = bool(outer.manual_axes)
     return jax.shard_map(
         local,
-        mesh=mesh,
+        mesh=None if nested else mesh,
+        axis_names=set(mesh.axis_names) - set(outer.manual_axes),
         in_specs=(query_spec, key_spec, key_spec, interval, interval, bias_spec),
         out_specs=query_spec,
         check_vma=False,  # kernels do not say over which axes their results differ

@@ -69,6 +69,12 @@ class ModelConfig:
         False, "norm and dropout regions split the length over the mesh axis tensor"
     )
     attention_implementation: str | None = _field(None, "attention kernel; None: by platform")
+    pipeline_microbatches: int | None = _field(
+        None, "parts of a pass that stream through MESH stage; None: as many as stages"
+    )
+    pipeline_repeats: int = _field(
+        1, "groups of layers on each stage: divides the bubble, moves parameters every pass"
+    )
 
     def __post_init__(self) -> None:
         """Checks every value; see the class."""
@@ -100,6 +106,9 @@ class ModelConfig:
                 f"ModelConfig.num_kv_heads = {self.num_kv_heads} must divide num_heads = "
                 f"{self.num_heads}."
             )
+        for name in ("pipeline_microbatches", "pipeline_repeats"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"ModelConfig.{name} = {getattr(self, name)} must be at least 1.")
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"ModelConfig.head_dim = {self.head_dim} must be even for rope.")
         if not 0.0 <= self.dropout_rate < 1.0:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from chatyuan.errors import UserError
 from chatyuan.kernels import AlibiBias, AttentionMask, Bias, RelativePositionBias, prepare
+from chatyuan.models import pipeline
 from chatyuan.models.attention import Attention
 from chatyuan.models.config import ModelConfig
 from chatyuan.models.initializers import uniform
@@ -271,20 +272,80 @@ class Stack(nnx.Module):
             encoded_BSD: the encoder's output, for blocks with cross-attention.
         """
         rate, key = self.config.dropout_rate, shared.dropout_key
-        cross = None
         if encoded_BSD is not None:
             encoded_BSD = _whole(encoded_BSD, mesh=shared.mesh)
-            cross = lambda attention: attention.keys_values(encoded_BSD, None)  # noqa: E731
 
         def body(block: Block, x: Array, index: Array, _: None) -> tuple[Array, None]:
-            layer_key = None if key is None else jax.random.fold_in(key, index)
-            return block(x, shared, layer_key, cross_keys_values=cross), None
+            return _layer(block, x, index, shared, encoded_BSD), None
 
         # Sites beyond the layers' indices, so that no two dropouts share a key.
         x_BTD = _stream(x_BTD, mesh=shared.mesh, config=self.config)
         x_BTD = dropout(x_BTD, rate, key, self.num_layers)
-        x_BTD, _ = self.run(body, x_BTD)
+        if pipeline.stages_of(shared.mesh) > 1:
+            x_BTD = self._run_pipeline(x_BTD, shared, encoded_BSD)
+        else:
+            x_BTD, _ = self.run(body, x_BTD)
         return dropout(self.final_norm(x_BTD), rate, key, self.num_layers + 1)
+
+    def _run_pipeline(self, x_BTD: Array, shared: LayerInputs, encoded_BSD: Array | None) -> Array:
+        """Returns the output of the last block, computed on the stages of the mesh.
+
+        The dropout key of a layer depends on its index and on the microbatch's number, not on how
+        many stages there are. Rematerialisation is of a stage's layers together: only its input is
+        kept of each microbatch, and the layers' inputs exist for one microbatch at a time.
+        """
+        config, mesh = self.config, shared.mesh
+        graph, stacked = nnx.split(self.layers)
+        rows = (shared.mask, shared.positions, shared.cross_mask, encoded_BSD)
+        common = {"bias": shared.bias, "key": shared.dropout_key}
+        units = x_BTD.shape[0] if encoded_BSD is None else encoded_BSD.shape[0]
+        pipeline.check_pipeline(config, units, mesh)
+
+        def group(params: Any, first: Array, x: Array, rows: tuple, common: dict) -> Array:
+            mask, positions, cross_mask, encoded = rows
+            key = common["key"]
+            if key is not None:
+                key = jax.random.fold_in(key, common["microbatch"])
+            here = LayerInputs(
+                mask, common["bias"], positions, shared.query_offset, cross_mask, key, mesh
+            )
+
+            def layer(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, None]:
+                return _layer(nnx.merge(graph, inputs[0]), x, inputs[1], here, encoded), None
+
+            indices = first + jnp.arange(jax.tree.leaves(params)[0].shape[0], dtype=jnp.int32)
+            if config.scan_layers:
+                return jax.lax.scan(layer, x, (params, indices))[0]
+            for i in range(len(indices)):
+                x, _ = layer(x, _slice((params, indices), i))
+            return x
+
+        _check_memory(config)
+        if config.remat in _POLICIES:
+            group = jax.checkpoint(group, policy=_POLICIES[config.remat])
+        return pipeline.circulate(
+            group,
+            nnx.as_pure(stacked),
+            x_BTD,
+            rows,
+            common,
+            mesh=mesh,
+            microbatches=pipeline.microbatches_of(config, pipeline.stages_of(mesh)),
+            repeats=config.pipeline_repeats,
+            units=units,
+        )
+
+
+def _layer(
+    block: Block, x_BTD: Array, index: Array, shared: LayerInputs, encoded_BSD: Array | None
+) -> Array:
+    """Returns the stream after one block, with the dropout key of its index."""
+    cross = None
+    if encoded_BSD is not None:
+        cross = lambda attention: attention.keys_values(encoded_BSD, None)  # noqa: E731
+    key = shared.dropout_key
+    layer_key = None if key is None else jax.random.fold_in(key, index)
+    return block(x_BTD, shared, layer_key, cross_keys_values=cross)
 
 
 def _check_memory(config: ModelConfig) -> None:

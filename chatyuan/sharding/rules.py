@@ -120,7 +120,10 @@ def constrain_activation(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | 
     spec = partition_spec(
         axes, mesh, shape=x.shape, name=f"activation {'x'.join(map(str, x.shape))}"
     )
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    # Inside a region that is manual over stages only the mesh of that region may be named.
+    outer = jax.sharding.get_abstract_mesh()
+    place = NamedSharding(outer if outer.manual_axes else mesh, spec)
+    return jax.lax.with_sharding_constraint(x, place)
 
 
 def bytes_per_device(abstract: Tree, placement: Tree) -> int:

@@ -27,6 +27,7 @@ from chatyuan.models import build
 from chatyuan.models.attention import training_implementation
 from chatyuan.models.config import ModelConfig, flops_per_example
 from chatyuan.models.loss import LossConfig, LossFn, eval_loss, supervised_loss
+from chatyuan.models.pipeline import bubble_fraction, check_pipeline, microbatches_of, stages_of
 from chatyuan.planning import memory
 from chatyuan.sharding import ShardingConfig
 from chatyuan.stages import _run_folder, _samples
@@ -43,6 +44,7 @@ Batch = Mapping[str, Any]
 MAY_CHANGE = (
     "vocabulary", "init_from", "init_from_ema", "mesh", "sharding", "checkpoint", "loop",
     "model.scan_layers", "model.remat", "model.sequence_parallel", "model.attention_implementation",
+    "model.pipeline_microbatches", "model.pipeline_repeats",
     "schedule.train_steps", "data.cache_dir", "data.threads", "data.prefetch", "eval_split",
     "eval_batches", "sample_decoding", "num_samples", "tensorboard",
 )  # fmt: skip
@@ -170,6 +172,7 @@ def open_common(config: TrainingConfig, batch_size: int) -> tuple[Vocabulary, ja
         raise UserError(f"MICROBATCHES = {config.microbatches} must be at least 1.")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(batch_size, mesh, config.microbatches)
+    check_pipeline(config.model, batch_size // config.microbatches, mesh)
     if config.init_from is not None:
         meta = _run_folder.read_meta(config.init_from)
         _run_folder.check_vocabulary(config.init_from, meta, vocabulary)
@@ -334,6 +337,18 @@ def facts(parts: Parts) -> dict[str, Any]:
         "steps": config.loop.train_steps,
         "attention": f"{implementation} ({reason})",
         "devices": f"{parts.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape}",
+        **_pipeline_facts(config.model, parts.mesh),
+    }
+
+
+def _pipeline_facts(model: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, str]:
+    stages, repeats = stages_of(mesh), model.pipeline_repeats
+    if stages == 1:
+        return {}
+    count = microbatches_of(model, stages)
+    return {
+        "pipeline": f"{stages} stages, {count} microbatches, {repeats} repeat(s): bubble "
+        f"{bubble_fraction(stages, count, repeats):.1%} of a pass"
     }
 
 
