@@ -15,6 +15,7 @@ from typing import Any
 
 from chatyuan.errors import UserError
 
+FOLDER = "checkpoints"  # of MODEL_DIR
 STATE, META, FILES = "state", "meta.json", "files.json"
 TMP, DELETED, DAMAGED = ".tmp", ".deleted", ".damaged"
 _SHOWN = 4  # items listed in a message before "and N more"

@@ -10,6 +10,8 @@
 3. `save` returns once the device arrays are copied to host memory; the caller may donate them then.
 4. `restore` verifies before it reads. A damaged folder is renamed to `STEP.damaged`, a warning goes
    to stderr and the checkpoint before it is used.
+5. Of several processes each writes the arrays that it holds; the first one commits. What one of them
+   finds damaged is damaged for all.
 Only local and mounted file systems are supported, shared by all hosts of a run.
 """
 
@@ -28,8 +30,9 @@ from typing import Any
 
 import jax
 
-from chatyuan import __version__
+from chatyuan import __version__, distributed
 from chatyuan.checkpoint_files import (
+    FOLDER,
     META,
     STATE,
     TMP,
@@ -52,7 +55,6 @@ from chatyuan.checkpoint_files import (
 from chatyuan.errors import UserError, did_you_mean
 
 PyTree = Any
-FOLDER = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,12 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits for the running save; its failure does not hide an exception already raised."""
+        """Waits for the running save; its failure does not hide an exception already raised.
+
+        After an exception in one of several processes nobody waits: the others may never come.
+        """
+        if kind is not None and not issubclass(kind, SystemExit) and jax.process_count() > 1:
+            return
         try:
             self.close()
         except Exception as error:  # noqa: BLE001
@@ -260,7 +267,8 @@ class Checkpointer:
 
     def _failed(self, step: int, size: int, error: BaseException) -> Exception:
         """Removes what was half written and returns the exception to raise instead."""
-        shutil.rmtree(self.directory / f"{step}{TMP}", ignore_errors=True)
+        if _primary():
+            shutil.rmtree(self.directory / f"{step}{TMP}", ignore_errors=True)
         if self._orbax is not None:
             # Its background thread remembers the failure and would raise it again at the next save.
             self._orbax, broken = None, self._orbax
@@ -324,16 +332,16 @@ class Checkpointer:
         self.wait()
         if _primary():
             clean(self.directory)
-        steps = self.steps()
+        steps = _first_ones(self.steps())
         if not steps:
             raise UserError(f"no checkpoint in {self.directory}; train first or set MODEL_DIR.")
         wanted = _named_leaves(abstract_state)
         folders = [self.directory / str(step) for step in reversed(steps)]
 
         def read(folder: pathlib.Path) -> tuple[PyTree, dict[str, Any]]:
-            meta = verified_meta(folder, checksums=_primary())
+            meta = _agreed(lambda: verified_meta(folder, checksums=_primary()))
             _check_arrays(folder, meta["arrays"], wanted, exact_dtype=True)
-            values = _read_arrays(folder, wanted)
+            values = _agreed(lambda: _read_arrays(folder, wanted))
             leaves = [values[name] for name in wanted]
             return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), meta
 
@@ -354,7 +362,7 @@ def restore_or_init(
     Raises:
       UserError: as `Checkpointer.restore`, or MODEL_DIR belongs to another configuration.
     """
-    if checkpointer.latest_step() is None:
+    if not _first_ones(checkpointer.steps()):
         return init(), {}
     if meta:
         check_meta(checkpointer.directory, meta)
@@ -426,7 +434,7 @@ def load_params(
     wanted = _named_leaves({root: abstract_params})
 
     def read(folder: pathlib.Path) -> PyTree:
-        meta = verified_meta(folder, checksums=_primary())
+        meta = _agreed(lambda: verified_meta(folder, checksums=_primary()))
         stored = {n: a for n, a in meta["arrays"].items() if n.split("/")[0] == root}
         if use_ema and not stored:
             raise UserError(
@@ -440,7 +448,7 @@ def load_params(
                 file=sys.stderr,
             )
         _check_arrays(folder, stored, wanted, exact_dtype=False)
-        values = _read_arrays(folder, wanted)
+        values = _agreed(lambda: _read_arrays(folder, wanted))
         leaves = [values[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves)
 
@@ -575,6 +583,24 @@ def _read_arrays(folder: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, A
         # Orbax and TensorStore report damaged bytes as ValueError, KeyError, FileNotFoundError, ...
         raise DamagedCheckpoint(f"{type(error).__name__}: {str(error)[:300]}") from error
     return _named_leaves(tree)
+
+
+def _first_ones(steps: list[int]) -> list[int]:
+    """Returns the steps that the first process sees, on all: another may look a little later."""
+    return [int(step) for step in distributed.exchange(" ".join(map(str, steps)))[0].split()]
+
+
+def _agreed(read: Callable[[], Any]) -> Any:
+    """Returns `read()`; raises DamagedCheckpoint where any process finds damage."""
+    result, problem = None, ""
+    try:
+        result = read()
+    except DamagedCheckpoint as error:
+        problem = str(error)
+    problem = distributed.first_word(problem)
+    if problem:
+        raise DamagedCheckpoint(problem)
+    return result
 
 
 def _primary() -> bool:

@@ -13,13 +13,18 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from chatyuan import distributed, supervisor
 from chatyuan import stages as stages_package
 from chatyuan.errors import RunFailed, UserError, did_you_mean, missing_package
 
 USAGE = "python run.py STAGE [ARGUMENT...] [--gin_file=FILE]... [--gin.NAME=VALUE]... [--dry_run]"
 SWITCHES = ("dry_run", "debug", "help")
 OPTIONS = ("gin_file", "gin_search_paths")
+# Of every stage that trains; absl, which T5X uses, lets the value be the next word.
+TRAINING_FLAGS = {**distributed.FLAGS, **supervisor.FLAGS}
+VALUED = tuple(name for name in distributed.FLAGS if name not in distributed.SWITCHES)
 # T5X's --run_mode -> the stage that does the same.
 RUN_MODES = {
     "train": "pretrain",
@@ -46,26 +51,32 @@ class Command:
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command and returns the process's exit status; see the module's docstring."""
+    status, message = _outcome(list(argv))
+    if message:
+        print(message, file=sys.stderr)
+    distributed.finish(status, message)
+    return status
+
+
+def _outcome(argv: list[str]) -> tuple[int, str]:
+    """Runs one command; returns the exit status and what there is to say about a failure."""
+    debug = "--debug" in argv
     try:
-        return _run(list(argv))
-    except UserError as error:
-        if "--debug" in argv:
+        return _run(argv), ""
+    except (UserError, RunFailed) as error:
+        if debug:
             traceback.print_exc()
-        return _fail(2, str(error))
-    except RunFailed as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        return _fail(1, str(error))
+        return (2 if isinstance(error, UserError) else 1), str(error)
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "Interrupted. Starting again in the same MODEL_DIR continues.")
+        return INTERRUPTED, "Interrupted. Starting again in the same MODEL_DIR continues."
     except BrokenPipeError:  # the reader of our output (`| head`) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1, ""
     except ModuleNotFoundError as error:
         remedy = missing_package(error)
-        if remedy is None or "--debug" in argv:
+        if remedy is None or debug:
             traceback.print_exc()
-        return _fail(2 if remedy else 1, remedy or f"{error}: this is a bug, please report it.")
+        return (2 if remedy else 1), remedy or f"{error}: this is a bug, please report it."
     except Exception as error:
         return _failed(error, argv)
 
@@ -81,17 +92,19 @@ def _run(argv: list[str]) -> int:
     if command.stage not in known:
         near = did_you_mean(command.stage, known)
         raise UserError(f"There is no stage {command.stage}.{near} `python run.py` lists them.")
-    own_flags = stage_flags(command.stage)
+    own_flags, run_flags = stage_flags(command.stage), training_flags(command.stage)
+    known_flags = {**own_flags, **run_flags}
     for name in command.flags:
-        if name not in own_flags:
-            raise UserError(_unknown_flag(name, [*SWITCHES, *OPTIONS, *own_flags], command.stage))
+        if name not in known_flags:
+            raise UserError(_unknown_flag(name, [*SWITCHES, *OPTIONS, *known_flags], command.stage))
+    of_run = {name: command.flags.pop(name) for name in run_flags if name in command.flags}
 
     from chatyuan import configs  # gin and the stage are needed from here on
     from chatyuan.stages import _host
 
     _host.configure()  # before anything starts jax's threads
     if "help" in command.switches:
-        print(configs.stage_help(command.stage, own_flags))
+        print(configs.stage_help(command.stage, known_flags))
         return 0
     config = configs.load(
         command.stage,
@@ -104,6 +117,10 @@ def _run(argv: list[str]) -> int:
     module = configs.stage_module(command.stage)
     _host.imported()
     if "dry_run" not in command.switches:
+        ended = supervisor.supervise(of_run, config)
+        if ended is not None:  # this process only watched over others
+            return ended
+        distributed.connect(of_run)
         module.run(config)
         return 0
     print(configs.explain(config), flush=True)
@@ -145,6 +162,8 @@ def parse(argv: Sequence[str]) -> Command:
                 if equals and value.lower() not in ("true", "false"):
                     raise UserError(f"--{name}={value} should be --{name}, without a value.")
                 command.switches |= set() if value.lower() == "false" else {name}
+            elif name in VALUED and not equals:
+                command.flags[name] = _next_word(words, name)
             else:
                 command.flags[name] = value if equals else None
     return command
@@ -196,14 +215,24 @@ def stages() -> dict[str, str]:
 
 def stage_flags(stage: str) -> dict[str, str]:
     """Returns the stage's own flags -> help: its literal `FLAGS`, read from the source."""
+    return _literal(stage, "FLAGS") or {}
+
+
+def training_flags(stage: str) -> dict[str, str]:
+    """Returns the flags of processes and restarts of a stage that says `TRAINS = True`."""
+    own = stage_flags(stage)
+    return {n: t for n, t in TRAINING_FLAGS.items() if n not in own and _literal(stage, "TRAINS")}
+
+
+def _literal(stage: str, name: str) -> Any:
     for folder in stages_package.__path__:
         path = pathlib.Path(folder) / f"{stage}{'_' if stage == 'import' else ''}.py"
         if path.exists():
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
                 targets = getattr(node, "targets", [getattr(node, "target", None)])
-                if any(isinstance(t, ast.Name) and t.id == "FLAGS" for t in targets):
+                if any(isinstance(t, ast.Name) and t.id == name for t in targets):
                     return ast.literal_eval(node.value)
-    return {}
+    return None
 
 
 def _summary(path: pathlib.Path) -> str:
@@ -229,7 +258,7 @@ def _overview(known: dict[str, str]) -> str:
 # Failures.
 
 
-def _failed(error: Exception, argv: Sequence[str]) -> int:
+def _failed(error: Exception, argv: Sequence[str]) -> tuple[int, str]:
     """Reports an exception: exit status 1, or 2 for a full disk, which only the user can empty."""
     for link in _chain(error):
         full = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -237,10 +266,9 @@ def _failed(error: Exception, argv: Sequence[str]) -> int:
             if "--debug" in argv:
                 traceback.print_exc()
             where = f" while writing {link.filename}" if getattr(link, "filename", None) else ""
-            return _fail(
-                2,
+            return 2, (
                 f"The disk is full{where}. Files take their names only when complete, so what was "
-                "finished is intact: free some space and start again in the same MODEL_DIR.",
+                "finished is intact: free some space and start again in the same MODEL_DIR."
             )
     traceback.print_exc()
     name = next((word for word in argv if not word.startswith("-")), "")
@@ -248,7 +276,7 @@ def _failed(error: Exception, argv: Sequence[str]) -> int:
     line = f"{name} failed: {type(error).__name__}{': ' + first[0] if first else ''}"
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
         line += "\nOut of memory: raise --gin.MICROBATCHES, or lower BATCH_SIZE or the lengths."
-    return _fail(1, line)
+    return 1, line
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -259,8 +287,3 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(link))
         yield link
         link = link.__cause__ or link.__context__
-
-
-def _fail(status: int, message: str) -> int:
-    print(message, file=sys.stderr)
-    return status

@@ -18,20 +18,24 @@ LOWEST = {"ops", "kernels", "sharding"}
 MIDDLE = {"models", "text"}
 UPPER = {"align", "train", "decode", "serve", "evaluate", "interop", "data", "cleaning", "planning"}
 RECORDS = {"checkpoints", "metrics", "report"}
+# How the processes of a run agree: for everyone who computes or writes with others.
+AGREEING = {"distributed"}
 MAY_IMPORT = {
     "errors": set(),
     **{room: LOWEST for room in ("ops", "kernels", "models")},
     "text": set(),
     **{room: LOWEST | MIDDLE | UPPER | RECORDS for room in UPPER},
-    "train": LOWEST | RECORDS,  # it receives its loss as a function and names no model
+    "train": LOWEST | RECORDS | AGREEING,  # it receives its loss as a function and names no model
     "cleaning": {"text"},
-    "stages": LOWEST | MIDDLE | UPPER | RECORDS | {"configs"},
+    "stages": LOWEST | MIDDLE | UPPER | RECORDS | AGREEING | {"configs"},
     "sharding": set(),
-    "checkpoints": set(),
+    "distributed": set(),
+    "checkpoints": AGREEING,
+    "supervisor": {"checkpoints"},  # it tells progress by them; reads no array
     "metrics": set(),
     "report": {"metrics"},
     "configs": set(),
-    "main": {"stages", "configs"},
+    "main": {"stages", "configs", "distributed", "supervisor"},
 }
 # A top-level module that outgrew its file goes on in others that belong to it.
 PARTS = {

@@ -9,6 +9,7 @@ step alone. Imports neither seqio nor TensorFlow, and jax only through grain in 
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -16,6 +17,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -25,6 +27,8 @@ from chatyuan.data.objectives import PAIR, UNLIMITED, Objective
 from chatyuan.data.stream import Source
 from chatyuan.errors import UserError
 from chatyuan.text.vocabulary import Vocabulary
+
+Parts = Sequence[tuple[int, int]]  # (start, stop) of rows, ascending
 
 _SAVE_EVERY = 16  # blocks
 _SAMPLE = 20_000  # documents looked at for the natural target length
@@ -154,12 +158,13 @@ class _Rows:
         index_path: str | os.PathLike[str] | None = None,
         process_index: int = 0,
         process_count: int = 1,
+        rows: Parts | None = None,
     ) -> None:
         self.sources = tuple(sources)
         self.objective = objective
         self.config = _checked(config, objective, self.sources, process_count)
-        self.process_index = process_index
-        self.process_count = process_count
+        share = self.config.batch_size // process_count
+        self.rows = rows or ((process_index * share, (process_index + 1) * share),)
         self.lengths = (self.config.input_length, self.config.target_length)
         self.order = stream.Order(self.sources, config.seed, shuffle)
         planner = stream.Planner(
@@ -184,23 +189,31 @@ class _Rows:
         ]  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def _read(self, first: int, count: int, active: int, limit: int | None) -> dict:
-        """Rows first..first+active of the stream as a batch of `count` rows.
+    def whole(self) -> Self:
+        """The loader of all rows of every batch, whatever this process's share is."""
+        loader = copy.copy(self)
+        loader.rows = ((0, self.config.batch_size),)
+        return loader
+
+    def _read(self, first: int, active: int, limit: int | None) -> dict:
+        """This process's part of the batch that holds `active` rows of the stream from `first` on.
 
         With a `limit` on blocks the stream ends; what is missing is padding of weight 0.
         """
         taken: list[tuple[stream.Block, np.ndarray]] = []
-        missing = max(0, active)
-        row = first
-        while missing > 0:
-            number, inside = self.index.find(row, limit)
-            if limit is not None and number >= limit:
-                break
-            block = self.index.block(number)
-            some = block.row_order[inside : inside + missing]
-            taken.append((block, some))
-            missing -= len(some)
-            row += len(some)
+        count = sum(stop - start for start, stop in self.rows)
+        for start, stop in self.rows:
+            missing = min(stop, active) - start
+            row = first + start
+            while missing > 0:
+                number, inside = self.index.find(row, limit)
+                if limit is not None and number >= limit:
+                    break
+                block = self.index.block(number)
+                some = block.row_order[inside : inside + missing]
+                taken.append((block, some))
+                missing -= len(some)
+                row += len(some)
         segments, text = self._segments(taken)
         make = (
             rows.decoder_only_batch if self.objective.decoder_only else rows.encoder_decoder_batch
@@ -345,6 +358,7 @@ class Loader(_Rows):
         *,
         process_index: int = 0,
         process_count: int = 1,
+        rows: Parts | None = None,
         index_path: str | os.PathLike[str] | None = None,
     ) -> None:
         """Checks everything and plans nothing yet.
@@ -353,7 +367,9 @@ class Loader(_Rows):
           config: shapes, seed and packing; `loader.config` has its target length resolved.
           objective: what is done to text.
           sources: see `open_sources`.
-          process_index, process_count: this process's share of every batch.
+          process_index, process_count: this process's share of every batch, in equal parts.
+          rows: or the (start, stop) parts of a batch that it reads, ascending: those of
+            `sharding.process_rows` where a mesh decides who needs what.
           index_path: where the row counts of finished blocks are kept, so that a run that starts
             again late starts fast (see `stream.BlockIndex`); give it to process 0 only.
 
@@ -368,6 +384,7 @@ class Loader(_Rows):
             index_path=index_path,
             process_index=process_index,
             process_count=process_count,
+            rows=rows,
         )
         self._ramp = _check_ramp(self.config)
 
@@ -400,11 +417,8 @@ class Loader(_Rows):
         return self.size(step) // rows_each
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This process's rows of the global batch of `step`; arrays [batch_size / processes, L]."""
-        share = self.config.batch_size // self.process_count
-        first = self.process_index * share
-        active = min(max(self.size(step) - first, 0), share)
-        batch = self._read(self.offset(step) + first, share, active, None)
+        """This process's rows of the global batch of `step`; arrays [its rows, L]."""
+        batch = self._read(self.offset(step), self.size(step), None)
         if self.index.unsaved >= _SAVE_EVERY:
             self.index.save()
         return batch
@@ -426,7 +440,7 @@ class Loader(_Rows):
 
     def padding(self) -> dict[str, np.ndarray]:
         """A batch that holds nothing: the shapes and dtypes of all, without reading any data."""
-        return self._read(0, self.config.batch_size // self.process_count, 0, None)
+        return self._read(0, 0, None)
 
     def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[dict]:
         """`batch(start_step)`, `batch(start_step + 1)`, ... prepared ahead by Grain's threads."""
@@ -506,6 +520,7 @@ class EvalLoader(_Rows):
         *,
         process_index: int = 0,
         process_count: int = 1,
+        rows: Parts | None = None,
     ) -> None:
         """As `Loader`; `config.seed` draws the noise, so keep it fixed during a run."""
         super().__init__(
@@ -515,6 +530,7 @@ class EvalLoader(_Rows):
             shuffle=False,
             process_index=process_index,
             process_count=process_count,
+            rows=rows,
         )
         self.num_rows = self.index.before(self.order.blocks_per_window)[0]
 
@@ -526,9 +542,8 @@ class EvalLoader(_Rows):
         """This process's rows of batch `index`; IndexError past the end."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        share = self.config.batch_size // self.process_count
-        first = index * self.config.batch_size + self.process_index * share
-        return self._read(first, share, share, self.order.blocks_per_window)
+        size = self.config.batch_size
+        return self._read(index * size, size, self.order.blocks_per_window)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """All batches."""

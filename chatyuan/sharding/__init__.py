@@ -5,6 +5,7 @@ from chatyuan.sharding.batch import (
     batch_sharding,
     check_batch,
     check_lengths,
+    process_rows,
     shard_batch,
 )
 from chatyuan.sharding.communication import Collective, Use, parameter_communication, summed
@@ -47,6 +48,7 @@ __all__ = [
     "partition_spec",
     "place",
     "read_collectives",
+    "process_rows",
     "shard_batch",
     "shardings",
     "state_shardings",

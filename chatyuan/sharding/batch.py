@@ -19,7 +19,7 @@ def shard_batch(
     Dimension 0 is split over the axes of "batch", dimension 1 over those of "length".
 
     Args:
-      host_batch: [rows of this process, length, ...] per feature; every process has as many rows.
+      host_batch: [rows of this process, length, ...] per feature: those of `process_rows`.
       mesh: of `make_mesh`.
       rules: logical axis -> mesh axes.
 
@@ -28,10 +28,34 @@ def shard_batch(
     """
     return {
         name: jax.make_array_from_process_local_data(
-            batch_sharding(np.shape(value), mesh, name=name, rules=rules), np.asarray(value)
+            batch_sharding(np.shape(value), mesh, name=name, rules=rules),
+            np.asarray(value),
+            _global_shape(np.shape(value), mesh, rules),
         )
         for name, value in host_batch.items()
     }
+
+
+def process_rows(
+    mesh: Mesh, batch_size: int, *, rules: Rules = RULES
+) -> tuple[tuple[int, int], ...]:
+    """Returns the (start, stop) parts of a global batch that the devices of this process hold.
+
+    Neighbours in a mesh need not be neighbours in a host (on TPUs they follow the wiring), and
+    where "tensor" reaches over hosts several of them hold the same rows.
+
+    Raises:
+      UserError: the batch does not divide over the mesh.
+    """
+    check_batch(batch_size, mesh, rules=rules)
+    place = NamedSharding(mesh, partition_spec(("batch",), mesh, rules=rules))
+    held = place.addressable_devices_indices_map((batch_size,)).values()
+    parts: list[tuple[int, int]] = []
+    for start, stop in sorted({index[0].indices(batch_size)[:2] for index in held}):
+        if parts and parts[-1][1] == start:
+            start = parts.pop()[0]
+        parts.append((start, stop))
+    return tuple(parts)
 
 
 def abstract_batch(
@@ -41,7 +65,7 @@ def abstract_batch(
     abstract = {}
     for name, value in host_batch.items():
         place = batch_sharding(value.shape, mesh, name=name, rules=rules)
-        shape = _global_shape(value.shape)
+        shape = _global_shape(value.shape, mesh, rules)
         abstract[name] = jax.ShapeDtypeStruct(shape, value.dtype, sharding=place)
     return abstract
 
@@ -54,15 +78,20 @@ def batch_sharding(
     Raises:
       UserError: see `shard_batch`.
     """
-    global_shape = _global_shape(local_shape)
+    global_shape = _global_shape(local_shape, mesh, rules)
     check_batch(global_shape[0], mesh, rules=rules)
     axes = ("batch", "length", *(None,) * len(local_shape))[: len(local_shape)]
     spec = partition_spec(axes, mesh, shape=global_shape, name=name, rules=rules)
     return NamedSharding(mesh, spec)
 
 
-def _global_shape(local_shape: Sequence[int]) -> tuple[int, ...]:
-    return (local_shape[0] * jax.process_count(), *local_shape[1:])
+def _global_shape(local_shape: Sequence[int], mesh: Mesh, rules: Rules) -> tuple[int, ...]:
+    """The shape of a feature of which this process holds `local_shape`, all lengths included."""
+    if jax.process_count() == 1:
+        return tuple(local_shape)
+    shards = math.prod(mesh.shape[name] for name in rules["batch"])
+    held = sum(stop - start for start, stop in process_rows(mesh, shards, rules=rules))
+    return (local_shape[0] * shards // held, *local_shape[1:])
 
 
 def check_batch(size: int, mesh: Mesh, microbatches: int = 1, *, rules: Rules = RULES) -> None:

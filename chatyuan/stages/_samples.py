@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from chatyuan.data.loader import EvalLoader, Loader
 from chatyuan.decode.engine import make_generate
@@ -49,7 +50,9 @@ class Samples:
         """Returns rows {"input", "target", "output"} of text."""
         if not self.pairs:
             return []
-        params = jax.device_put(params, jax.devices()[0]) if jax.device_count() > 1 else params
+        params = _on_one_device(params)
+        if jax.process_index() > 0:
+            return []  # the first process writes them
         seeds = np.arange(len(self.pairs), dtype=np.uint32) + np.uint32(self.seed)
         output = jax.device_get(self._generate(params, self.tokens, self.lengths, seeds))
         return [
@@ -63,6 +66,19 @@ class Samples:
 
     def _text(self, ids: Any) -> str:
         return show(self.vocabulary, ids)
+
+
+def _on_one_device(params: Any) -> Any:
+    """The weights on the first device of each process; all processes must call it."""
+    if jax.device_count() == 1:
+        return params
+    if jax.process_count() == 1:
+        return jax.device_put(params, jax.devices()[0])
+    place = jax.tree.map(
+        lambda leaf: NamedSharding(leaf.sharding.mesh, PartitionSpec()), params
+    )
+    whole = jax.jit(lambda tree: tree, out_shardings=place)(params)
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
 
 def show(vocabulary: Vocabulary, ids: Any) -> str:

@@ -190,8 +190,8 @@ def assemble(config: Config) -> Parts:
     """
     vocabulary, mesh = open_common(config, config.data.batch_size)
     objective = Objective(config.objective, vocabulary, config.model.architecture)
-    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    loader = Loader(config.data, objective, open_sources(config.data, vocabulary), **shares)
+    rows = sharding.process_rows(mesh, config.data.batch_size)
+    loader = Loader(config.data, objective, open_sources(config.data, vocabulary), rows=rows)
     if config.data.batch_ramp:
         loader.active_microbatches(0, config.microbatches)  # raises for sizes that do not divide
     evaluation = None
@@ -199,7 +199,7 @@ def assemble(config: Config) -> Parts:
         check_eval_split(config)
         held_out = dataclasses.replace(loader.config, split=config.eval_split, batch_ramp=())
         sources = open_sources(held_out, vocabulary)
-        evaluation = EvalLoader(held_out, objective, sources, **shares)
+        evaluation = EvalLoader(held_out, objective, sources, rows=rows)
     return Parts(config, vocabulary, build(config.model), mesh, loader, evaluation)
 
 
@@ -359,7 +359,7 @@ class _Evaluation:
         self.parts, self.writer = parts, writer
         self.loss = jax.jit(eval_loss(parts.model, parts.config.loss, parts.mesh))
         self.samples = _samples.Samples(
-            parts.config, parts.vocabulary, parts.model, parts.evaluation or parts.loader
+            parts.config, parts.vocabulary, parts.model, (parts.evaluation or parts.loader).whole()
         )
 
     def __call__(self, state: TrainState, step: int) -> dict[str, float]:

@@ -11,6 +11,8 @@ import dataclasses
 
 from chatyuan.stages import _supervised
 
+TRAINS = True  # takes the flags of several processes and of restarts
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(_supervised.Config):

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from chatyuan import distributed
 from chatyuan.checkpoints import Checkpointer
 from chatyuan.errors import RunFailed, UserError
 from chatyuan.metrics import Writer, duration, peak_flops
@@ -413,11 +414,7 @@ class _Run:
 
     def _all_agree(self, decision: bool) -> bool:
         """Returns the first host's decision: only it knows which checkpoints are committed."""
-        if jax.process_count() == 1:
-            return decision
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.broadcast_one_to_all(np.bool_(decision)))
+        return bool(int(distributed.exchange(str(int(decision)))[0]))
 
     def _fail(self, step: int) -> None:
         """Raises TrainingFailed after too many steps without a finite gradient."""
