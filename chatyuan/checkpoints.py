@@ -10,15 +10,14 @@
 3. `save` returns once the device arrays are copied to host memory; the caller may donate them then.
 4. `restore` verifies before it reads. A damaged folder is renamed to `STEP.damaged`, a warning goes
    to stderr and the checkpoint before it is used.
-5. Of several processes each writes the arrays that it holds; the first one commits. What one of them
-   finds damaged is damaged for all.
+5. Of several processes each writes the arrays that it holds; the first one commits. What one of
+   them finds damaged is damaged for all.
 Only local and mounted file systems are supported, shared by all hosts of a run.
 """
 
 import dataclasses
 import datetime
 import json
-import logging
 import math
 import os
 import pathlib
@@ -31,6 +30,7 @@ from typing import Any
 import jax
 
 from chatyuan import __version__, distributed
+from chatyuan.checkpoint_arrays import check_arrays, named_leaves, nest, orbax, read_arrays
 from chatyuan.checkpoint_files import (
     FOLDER,
     META,
@@ -205,7 +205,7 @@ class Checkpointer:
           UserError: the disk is full or the folder cannot be written, now or in the save before.
         """
         self.wait()
-        arrays = _named_leaves(state)
+        arrays = named_leaves(state)
         full_meta = {
             **(meta or {}),
             "step": int(step),
@@ -221,7 +221,7 @@ class Checkpointer:
             if _primary():
                 clean(self.directory)
                 tmp.mkdir(parents=True)
-            self._writer().save(tmp / STATE, args=_ocp().args.PyTreeSave(_nest(arrays)))
+            self._writer().save(tmp / STATE, args=orbax().args.PyTreeSave(nest(arrays)))
         except Exception as error:
             raise self._failed(step, size, error) from error
         self._thread = threading.Thread(
@@ -303,7 +303,7 @@ class Checkpointer:
 
     def _writer(self) -> Any:
         if self._orbax is None:
-            ocp = _ocp()
+            ocp = orbax()
             # Weights hardly compress; uncompressed files are faster and of a predictable size.
             self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         return self._orbax
@@ -335,13 +335,13 @@ class Checkpointer:
         steps = _first_ones(self.steps())
         if not steps:
             raise UserError(f"no checkpoint in {self.directory}; train first or set MODEL_DIR.")
-        wanted = _named_leaves(abstract_state)
+        wanted = named_leaves(abstract_state)
         folders = [self.directory / str(step) for step in reversed(steps)]
 
         def read(folder: pathlib.Path) -> tuple[PyTree, dict[str, Any]]:
             meta = _agreed(lambda: verified_meta(folder, checksums=_primary()))
-            _check_arrays(folder, meta["arrays"], wanted, exact_dtype=True)
-            values = _agreed(lambda: _read_arrays(folder, wanted))
+            check_arrays(folder, meta["arrays"], wanted, exact_dtype=True)
+            values = _agreed(lambda: read_arrays(folder, wanted))
             leaves = [values[name] for name in wanted]
             return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), meta
 
@@ -431,7 +431,7 @@ def load_params(
         missing, unexpected or of another shape.
     """
     root = "ema" if use_ema else "params"
-    wanted = _named_leaves({root: abstract_params})
+    wanted = named_leaves({root: abstract_params})
 
     def read(folder: pathlib.Path) -> PyTree:
         meta = _agreed(lambda: verified_meta(folder, checksums=_primary()))
@@ -447,8 +447,8 @@ def load_params(
                 "themselves are loaded (use_ema=True takes the average).",
                 file=sys.stderr,
             )
-        _check_arrays(folder, stored, wanted, exact_dtype=False)
-        values = _agreed(lambda: _read_arrays(folder, wanted))
+        check_arrays(folder, stored, wanted, exact_dtype=False)
+        values = _agreed(lambda: read_arrays(folder, wanted))
         leaves = [values[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves)
 
@@ -505,84 +505,7 @@ def _first_whole(
     )
 
 
-# -- arrays
-
-
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Returns `{"params/encoder/...": leaf}` in flattening order, for any registered pytree."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
-
-
-def _nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns slash-separated names into nested dicts."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *folders, last = name.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = leaf
-    return tree
-
-
-def _check_arrays(
-    folder: pathlib.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], exact_dtype: bool
-) -> None:
-    """Raises one UserError that names everything in which a checkpoint does not fit the model."""
-    problems = []
-    for text, names in (
-        ("missing in the checkpoint", [n for n in wanted if n not in stored]),
-        ("only in the checkpoint", [n for n in stored if n not in wanted]),
-    ):
-        if names:
-            problems.append(f"{len(names)} {text}: {first_few(names)}")
-    different = []
-    for name in (n for n in wanted if n in stored):
-        shape, dtype = tuple(stored[name][0]), stored[name][1]
-        if shape != tuple(wanted[name].shape):
-            different.append(f"{name} is {shape}, the model wants {tuple(wanted[name].shape)}")
-        elif exact_dtype and dtype != str(wanted[name].dtype):
-            different.append(f"{name} is {dtype}, the model wants {wanted[name].dtype}")
-    if different:
-        problems.append(f"{len(different)} different: {first_few(different, '; ')}")
-    if problems:
-        raise UserError(
-            f"checkpoint {folder} does not fit this model: {'. '.join(problems)}. Use the model "
-            "configuration it was trained with (config.gin in its MODEL_DIR), or another folder."
-        )
-
-
-def _read_arrays(folder: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the named arrays on the shardings of `wanted`. Raises DamagedCheckpoint."""
-    ocp = _ocp()
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    restore_args = {
-        name: ocp.ArrayRestoreArgs(
-            sharding=getattr(leaf, "sharding", None) or default,
-            global_shape=tuple(leaf.shape),
-            dtype=leaf.dtype,
-        )
-        for name, leaf in wanted.items()
-    }
-    structs = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=restore_args[name].sharding)
-        for name, leaf in wanted.items()
-    }
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            tree = reader.restore(
-                folder / STATE,
-                args=ocp.args.PyTreeRestore(
-                    item=_nest(structs), restore_args=_nest(restore_args), partial_restore=True
-                ),
-            )
-    except Exception as error:
-        # Orbax and TensorStore report damaged bytes as ValueError, KeyError, FileNotFoundError, ...
-        raise DamagedCheckpoint(f"{type(error).__name__}: {str(error)[:300]}") from error
-    return _named_leaves(tree)
+# -- agreement of several processes
 
 
 def _first_ones(steps: list[int]) -> list[int]:
@@ -605,18 +528,3 @@ def _agreed(read: Callable[[], Any]) -> Any:
 
 def _primary() -> bool:
     return jax.process_index() == 0
-
-
-def _ocp() -> Any:
-    # Half a second of imports that help, dry runs and errors do not need.
-    import orbax.checkpoint
-
-    # It logs a traceback for failures that are raised again here as one message.
-    logger = logging.getLogger("absl")
-    if _not_from_orbax not in logger.filters:
-        logger.addFilter(_not_from_orbax)
-    return orbax.checkpoint
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -8,6 +8,7 @@
    a collective for ever, find it there, print it and end with the same status.
 """
 
+import atexit
 import contextlib
 import glob
 import importlib.util
@@ -37,6 +38,7 @@ _FAILURE, _HEARD, _MEETING = "chatyuan/failure", "chatyuan/heard", "chatyuan/mee
 _PATIENCE = 5.0  # seconds that a failing process waits for the others to have read its message
 
 _meetings = 0
+_closing = threading.Event()
 
 
 # -- connecting
@@ -74,7 +76,9 @@ def connect(flags: Mapping[str, str | None]) -> None:
     finally:
         late.cancel()
     if process_count() > 1:
-        threading.Thread(target=_listen, name="failures of others", daemon=True).start()
+        listener = threading.Thread(target=_listen, name="failures of others", daemon=True)
+        listener.start()
+        atexit.register(_close, listener)
 
 
 def _settings(flags: Mapping[str, str | None]) -> dict[str, Any] | None:
@@ -197,7 +201,9 @@ def process_index() -> int:
 
 def process_count() -> int:
     """How many processes form the run, without starting JAX."""
-    return 1 if _client() is None else sys.modules["jax._src.distributed"].global_state.num_processes
+    if _client() is None:
+        return 1
+    return sys.modules["jax._src.distributed"].global_state.num_processes
 
 
 def exchange(text: str = "") -> list[str]:
@@ -267,21 +273,25 @@ def finish(status: int, message: str) -> None:
 
 def _listen() -> None:
     """Thread: ends this process when another one says that it has failed."""
-    client = _client()
-    while client is _client():
+    client, period = _client(), max(0.5, process_count() / 200)  # the coordinator serves them all
+    while not _closing.wait(period):
         try:
-            told = client.blocking_key_value_get(_FAILURE, 5000)
-        except Exception:  # noqa: BLE001 - not yet, or the connection is closed
-            time.sleep(0.2)
+            told = client.key_value_try_get(_FAILURE)
+        except Exception:  # noqa: BLE001 - nobody has failed
             continue
         status, index, message = told.split(" ", 2)
         if int(index) == process_index():
             return
+        print(f"Process {index} failed, so all do: {message}", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):
             client.key_value_set(f"{_HEARD}/{process_index()}", "")
-        time.sleep(1.0)  # this one may be about to say something better
-        print(f"Process {index} failed, so all do: {message}", file=sys.stderr)
         _exit(int(status))
+
+
+def _close(listener: threading.Thread) -> None:
+    """Ends the thread before Python does, and before JAX closes what it asks."""
+    _closing.set()
+    listener.join(5.0)
 
 
 def _exit(status: int) -> None:

@@ -42,6 +42,7 @@ PARTS = {
     "gin_files": "configs",
     "gin_types": "configs",
     "gin_check": "configs",
+    "checkpoint_arrays": "checkpoints",
     "checkpoint_files": "checkpoints",
     "plots": "report",
 }

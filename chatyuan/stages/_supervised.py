@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from chatyuan import checkpoints, configs, report, sharding
+from chatyuan import checkpoints, configs, distributed, report, sharding
 from chatyuan.checkpoint_files import committed_steps
 from chatyuan.checkpoints import CheckpointConfig, Checkpointer
 from chatyuan.data.cache import list_splits, read_mixture
@@ -275,6 +275,10 @@ def run(
         writer = Writer(
             config.model_dir, total_steps=config.loop.train_steps, tensorboard=config.tensorboard
         )
+        if jax.process_count() > 1:
+            # Collectives wait less long for a process than it may take to compile.
+            train_step.wait_compiled()
+            distributed.exchange()
         with writer:
             return fit(
                 config.loop,

@@ -16,18 +16,17 @@ import dataclasses
 import gc
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from chatyuan import distributed
 from chatyuan.checkpoints import Checkpointer
 from chatyuan.errors import RunFailed, UserError
 from chatyuan.metrics import Writer, duration, peak_flops
+from chatyuan.train.faults import Signals, SpikeGuard, Watchdog
 
 PyTree = Any
 Batch = Mapping[str, Any]
@@ -40,15 +39,25 @@ class TrainingFailed(RunFailed):
 
 
 class Interrupted(SystemExit):
-    """A signal ended the run after its state was saved. Exit status 128 + signal, as in a shell.
+    """A signal ended the run after its state was saved.
 
-    Not 0: a scheduler must not take a preempted run for a finished one.
+    Exit status 0: nothing failed, and the last line says that the run can be resumed. After Ctrl-C
+    it is 130, so that scripts stop as they do for every program, and 128 + signal where nothing was
+    saved because the run keeps no checkpoints.
     """
 
-    def __init__(self, message: str, signum: int) -> None:
+    def __init__(self, message: str, signum: int, saved: bool = True) -> None:
         """`message` has been printed already; `signum` is the signal's number."""
-        super().__init__(128 + signum)
+        super().__init__(0 if saved and signum != signal.SIGINT else 128 + signum)
         self.message = message
+
+
+class _Leap(Exception):
+    """The run should go back: a loss leapt, or too many steps had no finite gradient."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(reason)
+        self.step = step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +80,42 @@ class LoopConfig:
         metadata={"help": "stop after so many steps in a row without a finite gradient",
                   "unit": "steps"},
     )  # fmt: skip
+    hung_step_seconds: float = dataclasses.field(
+        default=3600.0,
+        metadata={"help": "end with the stacks of all threads after so long without a finished "
+                  "step, evaluation or checkpoint; 0: never", "unit": "seconds"},
+    )  # fmt: skip
+    spike_deviations: float = dataclasses.field(
+        default=0.0,
+        metadata={"help": "a loss so many robust deviations (1.4826 MAD) above the median of the "
+                  "last spike_window steps is a spike, 10 say; 0: nothing is",
+                  "unit": "deviations"},
+    )  # fmt: skip
+    spike_window: int = dataclasses.field(
+        default=128, metadata={"help": "how many losses say what is usual", "unit": "steps"}
+    )
+    max_rollbacks: int = dataclasses.field(
+        default=0,
+        metadata={"help": "go back to the newest checkpoint after a spike, or after "
+                  "max_nonfinite_steps, at most so often; 0: spikes are counted only",
+                  "unit": "rollbacks"},
+    )  # fmt: skip
+    rollback_skip: int = dataclasses.field(
+        default=0,
+        metadata={"help": "batches left out after a rollback, beyond those that led to it",
+                  "unit": "batches"},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Raises UserError for counts that make no sense."""
-        least = {"train_steps": 1, "log_period": 1, "eval_period": 0, "max_nonfinite_steps": 1}
+        least = {"train_steps": 1, "log_period": 1, "eval_period": 0, "max_nonfinite_steps": 1,
+                 "hung_step_seconds": 0, "spike_deviations": 0, "spike_window": 8,
+                 "max_rollbacks": 0, "rollback_skip": 0}  # fmt: skip
         for name, minimum in least.items():
             value = getattr(self, name)
             if value < minimum:
-                remedy = "." if name.startswith("max") else f": pass --gin.{name.upper()}=... ."
+                macro = name in ("train_steps", "log_period", "eval_period")
+                remedy = f": pass --gin.{name.upper()}=... ." if macro else "."
                 raise UserError(f"LoopConfig.{name} = {value} must be at least {minimum}{remedy}")
 
 
@@ -121,8 +158,9 @@ def fit(
       facts: derived numbers printed once at the start.
 
     Raises:
-      TrainingFailed: `max_nonfinite_steps` steps in a row had no finite gradient.
-      Interrupted: SIGTERM or SIGINT came; the state is saved.
+      TrainingFailed: `max_nonfinite_steps` steps in a row had no finite gradient, or the loss
+        leapt again after `max_rollbacks`.
+      Interrupted: SIGTERM, SIGUSR1 or SIGINT came; the state is saved.
       UserError: the data ended early, or the disk is full.
     """
     run = _Run(config, train_step, writer, checkpointer, evaluate, report, flops_per_step)
@@ -139,6 +177,7 @@ class _Window:
         self.tokens_seen: float = stored.get("tokens_seen", 0)
         self.nonfinite = stored.get("nonfinite", 0)
         self.nonfinite_in_a_row = stored.get("nonfinite_in_a_row", 0)
+        self.loss = math.nan  # of the step read last
         self.reset_times()
 
     def reset_times(self) -> None:
@@ -166,6 +205,8 @@ class _Window:
         streak = values.pop("nonfinite_streak", None)
         if streak is not None:
             self.nonfinite_in_a_row = int(streak[0])
+        total, weight = values.get("loss", (math.nan, 0.0))
+        self.loss = total / weight if weight and not bad else math.nan
         for name, (total, weight) in values.items():
             # One infinite gradient must not hide the figures of the other steps; it is counted.
             if math.isfinite(total) and math.isfinite(weight):
@@ -214,6 +255,7 @@ class _Run:
         self.pending: Any = None  # metrics of the step dispatched last, still on the device
         self.done_at = 0.0  # when the step before was finished
         self.first = True
+        self.watchdog = Watchdog(config.hung_step_seconds)
 
     # -- the loop
 
@@ -234,28 +276,73 @@ class _Run:
             )
         if resumed and resumed.get("step") != step:
             raise AssertionError(f"state of step {step} with the meta of {resumed.get('step')}")
-        self.window = _Window(resumed.get("loop", {}))
+        self._remember(resumed)
         self.writer.start(step)
         self._introduce(step, state, facts)
         if step >= last:
             self.writer.say(f"Training is complete: step {step:,} of {last:,}.")
             return state
-        stream = batches(step)
+        abstract = _abstract(state)  # its arrays are gone after the first step
+        with Signals() as signals, self.watchdog, _no_garbage_collection():
+            while step < last:
+                try:
+                    state = self._steps(state, batches, step, signals)
+                    step = last
+                except _Leap as leap:
+                    state, step = self._go_back(abstract, leap)
+        if saver is not None:
+            saver.wait()
+        return state
+
+    def _remember(self, resumed: Mapping[str, Any]) -> None:
+        """Continues from the sums and losses that a checkpoint has stored."""
+        stored = resumed.get("loop", {})
+        self.window = _Window(stored)
+        config = self.config
+        self.guard = SpikeGuard(
+            config.spike_deviations, config.spike_window, stored.get("guard", {})
+        )
+
+    def _steps(
+        self,
+        state: PyTree,
+        batches: Callable[[int], Iterator[Batch]],
+        step: int,
+        signals: Signals,
+    ) -> PyTree:
+        """Runs from `step` to the end. Raises _Leap when the run should go back."""
+        stream = batches(step + self.guard.skipped)
         try:
-            with _Signals() as signals, _no_garbage_collection():
-                while step < last:
-                    state = self._dispatch(state, stream, step)
-                    step += 1
-                    signum = self._agreed(signals.received, step)
-                    state = self._after_step(state, step, stop=signum is not None)
-                    if signum is not None:
-                        self._interrupt(signum, step)
+            while step < self.config.train_steps:
+                state = self._dispatch(state, stream, step)
+                step += 1
+                signum = signals.stop_at(step)
+                state = self._after_step(state, step, stop=signum is not None)
+                self.watchdog.alive()
+                if signum is not None:
+                    self._interrupt(signum, step)
         finally:
             if hasattr(stream, "close"):
                 stream.close()
-            if self.checkpointer is not None:
-                self.checkpointer.wait()
         return state
+
+    def _go_back(self, abstract: PyTree, leap: _Leap) -> tuple[PyTree, int]:
+        """Restores the newest checkpoint, to go on behind the batches that led to `leap`."""
+        self.pending = None
+        self.checkpointer.wait()
+        rollbacks, skipped = self.guard.rollbacks + 1, self.guard.skipped
+        state, meta = self.checkpointer.restore(abstract)
+        step = int(meta["step"])
+        self._remember(meta)
+        self.guard.rollbacks = rollbacks
+        self.guard.skipped = skipped + leap.step - step + self.config.rollback_skip
+        self.writer.start(step)
+        self.writer.say(
+            f"{leap}: back to step {step:,}, leaving out {self.guard.skipped - skipped:,} batches "
+            f"(rollback {rollbacks} of {self.config.max_rollbacks})."
+        )
+        self.watchdog.alive()
+        return state, step
 
     def _dispatch(self, state: PyTree, stream: Iterator[Batch], step: int) -> PyTree:
         """Starts one step, then reads the metrics of the one before."""
@@ -273,7 +360,7 @@ class _Run:
             self.done_at = start  # nothing is running: after the start, a save or an evaluation
         extra = ()
         if self.active_microbatches is not None:
-            extra = (self.active_microbatches(step),)
+            extra = (self.active_microbatches(step + self.guard.skipped),)
         # Once compiled, a step that moves anything from the host by accident is an error.
         guard = contextlib.nullcontext() if self.first else _no_transfers()
         with guard:
@@ -332,8 +419,40 @@ class _Run:
             self.window.timed_steps += 1
             self.window.timed_tokens += tokens
         self.done_at = finished
-        if self.window.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
-            self._fail(step)
+        self._check(step)
+
+    def _check(self, step: int) -> None:
+        """Raises _Leap or TrainingFailed when the step read last was one too many."""
+        streak, loss = self.window.nonfinite_in_a_row, self.window.loss
+        limit = self.guard.limit()
+        config = self.config
+        if streak >= config.max_nonfinite_steps:
+            reason = (
+                f"{streak} steps in a row up to step {step:,} had no finite loss or gradient "
+                f"(max_nonfinite_steps = {config.max_nonfinite_steps})"
+            )
+        elif self.guard.is_spike(loss):
+            reason = f"the loss of step {step:,} leapt to {loss:.4g}, usual is up to {limit:.4g}"
+            if config.max_rollbacks == 0:
+                self.writer.say(f"{reason}.")
+                return
+        else:
+            return
+        saver = self.checkpointer
+        if saver is not None:
+            saver.wait()
+        newest = None if saver is None else saver.latest_step()
+        if newest is not None and self.guard.rollbacks < config.max_rollbacks:
+            raise _Leap(step, reason)
+        left = "there is no checkpoint"
+        if newest is not None:
+            left = f"the newest checkpoint is step {newest:,}"
+        if self.guard.rollbacks:
+            left += f", and max_rollbacks = {config.max_rollbacks} are used up"
+        raise TrainingFailed(
+            f"{reason}; {left}. Lower LEARNING_RATE, lengthen WARMUP_STEPS, or use DTYPE=float32, "
+            "then start again."
+        )
 
     # -- what is reported
 
@@ -351,6 +470,8 @@ class _Run:
                 row["mfu"] = self._flops(step) / seconds / self.peak
         window.reset_times()
         gc.collect(1)
+        if self.config.spike_deviations > 0 or self.guard.rollbacks:
+            means |= {"loss_spikes": self.guard.spikes, "rollbacks": self.guard.rollbacks}
         return {**row, **means}
 
     def _flops(self, step: int) -> float:
@@ -379,7 +500,8 @@ class _Run:
     # -- how it ends
 
     def _save(self, state: PyTree, step: int, figures: Mapping[str, float]) -> None:
-        meta = {**self.meta, "data": {"step": step}, "loop": self.window.stored()}
+        loop = {**self.window.stored(), "guard": self.guard.stored()}
+        meta = {**self.meta, "data": {"step": step + self.guard.skipped}, "loop": loop}
         self.checkpointer.save(step, state, meta, figures)
 
     def _interrupt(self, signum: int, step: int) -> None:
@@ -391,72 +513,22 @@ class _Run:
             self.checkpointer.wait()
             folder = self.checkpointer.directory / str(step)
             message = (
-                f"Stopped by {name} at step {step:,}; the state is saved in {folder}. "
+                f"Stopped by {name} at step {step:,}, resumable: the state is saved in {folder}. "
                 "Start the same command again to continue."
             )
         self.writer.say(message)
-        raise Interrupted(message, signum)
-
-    def _agreed(self, signum: int | None, step: int) -> int | None:
-        """Returns the signal to stop for, the same on every host.
-
-        Hosts are preempted one by one; saving needs all of them at the same step, so they ask each
-        other at every report.
-        """
-        if jax.process_count() == 1:
-            return signum
-        if step % self.config.log_period:
-            return None
-        from jax.experimental import multihost_utils
-
-        received = multihost_utils.process_allgather(np.int32(signum or 0))
-        return int(received.max()) or None
+        raise Interrupted(message, signum, saved=self.checkpointer is not None)
 
     def _all_agree(self, decision: bool) -> bool:
         """Returns the first host's decision: only it knows which checkpoints are committed."""
         return bool(int(distributed.exchange(str(int(decision)))[0]))
 
-    def _fail(self, step: int) -> None:
-        """Raises TrainingFailed after too many steps without a finite gradient."""
-        newest = None
-        if self.checkpointer is not None:
-            self.checkpointer.wait()
-            newest = self.checkpointer.latest_step()
-        left = f"the newest checkpoint is step {newest:,}" if newest is not None else (
-            "there is no checkpoint"
-        )  # fmt: skip
-        raise TrainingFailed(
-            f"{self.window.nonfinite_in_a_row} steps in a row up to step {step:,} had no finite "
-            f"loss or gradient (max_nonfinite_steps = {self.config.max_nonfinite_steps}); {left}. "
-            "Lower LEARNING_RATE, lengthen WARMUP_STEPS, or use DTYPE=float32, then start again."
-        )
 
-
-class _Signals:
-    """Turns the first SIGTERM or SIGINT into a flag; the second one acts at once, as usual."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        # Only the main thread may set handlers; elsewhere whoever started the thread decides.
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._before[signum] = signal.signal(signum, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _handle(self, signum: int, _frame: object) -> None:
-        self.received = signum
-        self._restore()
-
-    def _restore(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-        self._before = {}
+def _abstract(state: PyTree) -> PyTree:
+    """Shapes and places of a state."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
 
 
 def _no_transfers() -> contextlib.AbstractContextManager:

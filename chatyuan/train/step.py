@@ -83,6 +83,11 @@ class TrainStep:
         self._ahead = thread.submit(self.lower(state, batch, active_microbatches).compile)
         thread.shutdown(wait=False)
 
+    def wait_compiled(self) -> None:
+        """Waits for what `compile_ahead` has started."""
+        if self._ahead is not None:
+            self._ahead.result()
+
     def lower(
         self, state: Tree, batch: Tree, active_microbatches: int | None = None
     ) -> jax.stages.Lowered:

@@ -57,7 +57,7 @@ def test_an_interrupted_run_continues_bit_for_bit(shop, whole, monkeypatch, caps
         stop_after(patch, 2)
         with pytest.raises(SystemExit) as stopped:
             shop.run("pretrain", **command)
-    assert stopped.value.code == 128 + signal.SIGTERM
+    assert stopped.value.code == 0  # resumable, not failed
     captured = capsys.readouterr()
     assert "Stopped by SIGTERM at step 2" in captured.out
     assert "Start the same command again" in captured.out

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from chatyuan import checkpoints
+from chatyuan.checkpoint_arrays import read_arrays
 from chatyuan.main import main
 
 RECIPE = """
@@ -192,7 +192,7 @@ def arrays(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
         name: jax.ShapeDtypeStruct(shape, np.dtype(dtype))
         for name, (shape, dtype) in shapes.items()
     }
-    return {name: np.asarray(a) for name, a in checkpoints._read_arrays(folder, wanted).items()}
+    return {name: np.asarray(a) for name, a in read_arrays(folder, wanted).items()}
 
 
 def untimed(run: pathlib.Path) -> list[dict[str, Any]]:

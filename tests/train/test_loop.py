@@ -215,7 +215,7 @@ def test_a_transfer_from_the_host_in_the_hot_path_is_an_error(tmp_path):
         run(tmp_path, batches=on_host)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_continue(whole, tmp_path, signum):
     before = signal.getsignal(signum)
 
@@ -228,7 +228,7 @@ def test_a_signal_saves_and_says_how_to_continue(whole, tmp_path, signum):
     stream = io.StringIO()
     with pytest.raises(Interrupted) as error:
         run(tmp_path, evaluate=distance, batches=interrupted, stream=stream)
-    assert error.value.code == 128 + signum
+    assert error.value.code == (130 if signum == signal.SIGINT else 0)
     text = stream.getvalue()
     assert f"Stopped by {signal.Signals(signum).name} at step 16" in text
     assert f"{tmp_path}/checkpoints/16. Start the same command again to continue." in text
@@ -261,10 +261,11 @@ def test_sigterm_from_outside_ends_the_process(tmp_path):
         output = process.communicate(timeout=20)[0]
     finally:
         process.kill()
-    assert process.returncode == 143
+    assert process.returncode == 0
     assert "Stopped by SIGTERM" in output and "Traceback" not in output
+    assert "resumable" in output.splitlines()[-1]
     newest = Checkpointer(tmp_path).latest_step()
-    assert f"at step {newest:,};" in output
+    assert f"at step {newest:,}, resumable:" in output
 
 
 def test_steps_without_finite_gradient(tmp_path):
@@ -407,3 +408,93 @@ def test_mistakes(tmp_path):
         run(tmp_path, batches=lambda start: batches(start, stop=9))
     with pytest.raises(UserError, match=r"train_steps = 0 must be at least 1: pass --gin.TRAIN_ST"):
         LoopConfig(train_steps=0)
+
+
+def leaping(at):
+    """Batches of which some have targets far away."""
+
+    def generate(start):
+        for step, batch in enumerate(batches(start), start):
+            yield {**batch, "y": batch["y"] * (100.0 if step in at else 1.0)}
+
+    return generate
+
+
+GUARD = {"spike_deviations": 20.0, "spike_window": 16, "max_rollbacks": 2, "rollback_skip": 1}
+
+
+def test_a_spike_goes_back_and_leaves_its_batches_out(tmp_path):
+    """As a run that never saw those batches; and the same when it is killed and resumed."""
+    seen = []
+
+    def watched(start):
+        seen.append(start)
+        return leaping({20})(start)
+
+    state, found, text = run(tmp_path / "a", config=GUARD, batches=watched)
+    assert "the loss of step 21 leapt to" in text and "back to step 18, leaving out 4" in text
+    assert seen == [0, 22]
+    assert found[-1]["rollbacks"] == 1 and [row["step"] for row in found][-1] == 30
+
+    def without(start):
+        return leaping(())(start if start < 18 else start + 4)
+
+    def cut(start):
+        yield from batches(start, stop=18)
+        yield from without(18)
+
+    expected, _, _ = run(tmp_path / "b", batches=cut)
+    same(state, expected)
+    with pytest.raises(Killed):
+        run(tmp_path / "c", config=GUARD, batches=lambda s: until(leaping({20})(s), s, 29))
+    again, rows_again, _ = run(tmp_path / "c", config=GUARD, batches=leaping({20}))
+    same(again, state)
+    assert rows_again == found
+
+
+def until(stream, start, stop):
+    for step, batch in enumerate(stream, start):
+        if step == stop:
+            raise Killed
+        yield batch
+
+
+def test_rollbacks_are_limited_and_can_be_off(tmp_path):
+    every = leaping(set(range(20, 60)))
+    with pytest.raises(TrainingFailed, match="leapt .* max_rollbacks = 2 are used up"):
+        run(tmp_path / "a", config=GUARD, batches=every)
+    _, found, text = run(
+        tmp_path / "b", config=GUARD | {"max_rollbacks": 0}, batches=leaping({20})
+    )
+    assert found[-1]["loss_spikes"] >= 1 and found[-1]["rollbacks"] == 0
+    assert "the loss of step 21 leapt" in text
+
+    def bad(start):
+        return batches(start, bad={20, 21, 22})
+
+    _, found, text = run(
+        tmp_path / "c", config={"max_nonfinite_steps": 3, "max_rollbacks": 1}, batches=bad
+    )
+    assert "3 steps in a row up to step 23" in text and "back to step 18" in text
+
+
+def test_a_hung_step_ends_the_process_with_the_stacks(tmp_path):
+    program = f"""
+        import sys, pathlib, time
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import test_loop
+        def stuck(start):
+            for step, batch in enumerate(test_loop.batches(start)):
+                if step == 3:
+                    time.sleep(60)
+                yield batch
+        test_loop.run(pathlib.Path({str(tmp_path)!r}), stream=sys.stdout, batches=stuck,
+                      config={{"hung_step_seconds": 2.0}})
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True,
+        timeout=50,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "No step has finished for 2 s (LoopConfig.hung_step_seconds)" in done.stderr
+    assert "in stuck" in done.stderr and "in _dispatch" in done.stderr
