@@ -16,9 +16,8 @@ SETTINGS = {"LOG_PERIOD": 1, "EVAL_PERIOD": 3, "CHECKPOINT_PERIOD": 4, "DROPOUT_
 
 
 def words(shop, name: str, **settings: object) -> list[str]:
-    return shop.words(
-        "pretrain", MODEL_DIR=shop.root / name, MIXTURE=shop.text, **SETTINGS | settings
-    )
+    common = {"MODEL_DIR": shop.root / name, "MIXTURE": shop.text, **SETTINGS}
+    return shop.words("pretrain", **common | settings)
 
 
 @pytest.fixture(scope="module")
