@@ -1,4 +1,4 @@
-"""Reward-model losses: golden values, rax, ties, padding, one gradient for all pairs of a prompt."""
+"""Reward-model losses: golden values, rax, ties, padding, one gradient for a prompt's pairs."""
 
 import itertools
 import json
