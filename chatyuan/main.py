@@ -30,7 +30,7 @@ RUN_MODES = {
     "train": "pretrain",
     "eval": "evaluate",
     "infer": "infer",
-    "precompile": "pretrain --dry_run",
+    "precompile": "pretrain --precompile",
     "export": "export",
 }
 INTERRUPTED = 130  # what shells expect after Ctrl-C: 128 + SIGINT

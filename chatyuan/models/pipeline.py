@@ -30,6 +30,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from chatyuan.errors import UserError
 from chatyuan.models.config import ModelConfig
+from chatyuan.ops.platform import target_platform
 
 Array = jax.Array
 Tree = Any
@@ -238,7 +239,7 @@ def _wide(leaf: Array) -> Array:
 
     On CPU the compiler aborts on such an all-reduce inside a partly manual region (jaxlib 0.10.2).
     """
-    if leaf.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if leaf.dtype == jnp.bfloat16 and target_platform() == "cpu":
         return leaf.astype(jnp.float32)
     return leaf
 

@@ -87,7 +87,7 @@ def batch_sharding(
 
 def _global_shape(local_shape: Sequence[int], mesh: Mesh, rules: Rules) -> tuple[int, ...]:
     """The shape of a feature of which this process holds `local_shape`, all lengths included."""
-    if jax.process_count() == 1:
+    if not mesh.is_multi_process:
         return tuple(local_shape)
     shards = math.prod(mesh.shape[name] for name in rules["batch"])
     held = sum(stop - start for start, stop in process_rows(mesh, shards, rules=rules))

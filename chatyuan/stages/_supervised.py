@@ -28,15 +28,16 @@ from chatyuan.models.attention import training_implementation
 from chatyuan.models.config import ModelConfig, flops_per_example
 from chatyuan.models.loss import LossConfig, LossFn, eval_loss, supervised_loss
 from chatyuan.models.pipeline import bubble_fraction, check_pipeline, microbatches_of, stages_of
+from chatyuan.ops.platform import target_platform
 from chatyuan.planning import memory
 from chatyuan.sharding import ShardingConfig
-from chatyuan.stages import _run_folder, _samples
+from chatyuan.stages import _precompile, _run_folder, _samples
 from chatyuan.text.vocabulary import Vocabulary
 from chatyuan.train.loop import LoopConfig, fit
 from chatyuan.train.optimizers import OptimizerConfig, make_optimizer
 from chatyuan.train.schedules import ScheduleConfig, make_schedule
 from chatyuan.train.state import TrainState
-from chatyuan.train.step import init_state, make_train_step
+from chatyuan.train.step import TrainStep, init_state, make_train_step
 
 Batch = Mapping[str, Any]
 # What may differ when a run goes on in its folder: how long, how often and where, never what is
@@ -46,7 +47,7 @@ MAY_CHANGE = (
     "model.scan_layers", "model.remat", "model.sequence_parallel", "model.attention_implementation",
     "model.pipeline_microbatches", "model.pipeline_repeats",
     "schedule.train_steps", "data.cache_dir", "data.threads", "data.prefetch", "eval_split",
-    "eval_batches", "sample_decoding", "num_samples", "tensorboard",
+    "eval_batches", "sample_decoding", "num_samples", "tensorboard", "precompile",
 )  # fmt: skip
 
 
@@ -83,6 +84,16 @@ class TrainingConfig:
         "batches of each evaluation, evenly spread; None = all", "batches", default=None
     )
     tensorboard: bool = _field("write MODEL_DIR/tensorboard too", default=True)
+    precompile: bool | str = _field(
+        "compile the training step, show what it costs and end; a name such as v5e:2x4: for a TPU "
+        "topology that is not attached",
+        default=False,
+    )
+
+    def __post_init__(self) -> None:
+        """Checks what has no room of its own to check it."""
+        if self.precompile == "":
+            raise UserError("--precompile= has no value; write --precompile, or =v5e:2x4 say.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +181,7 @@ def open_common(config: TrainingConfig, batch_size: int) -> tuple[Vocabulary, ja
         )
     if config.microbatches < 1:
         raise UserError(f"MICROBATCHES = {config.microbatches} must be at least 1.")
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, _precompile.devices(config.precompile))
     sharding.check_batch(batch_size, mesh, config.microbatches)
     check_pipeline(config.model, batch_size // config.microbatches, mesh)
     if config.init_from is not None:
@@ -221,19 +232,25 @@ def check_eval_split(config: Any) -> None:
             )
 
 
-def run(
-    config: TrainingConfig, *, title: str, assemble: Callable[[Any], Parts] = assemble
-) -> TrainState:
-    """Trains to the end, or continues to it; see the module's text.
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What is compiled, from shapes alone.
 
-    Args:
-        config: the run.
-        title: of its report.
-        assemble: opens and checks everything.
+    Attributes:
+        initialise: weights -> TrainState.
+        state: abstract, each leaf with its sharding.
+        places: of everything in a step.
+        train_step: not compiled yet.
     """
-    configs.check_same_run(config, config.model_dir, MAY_CHANGE)
-    parts = assemble(config)
-    _check_lengths(parts)
+
+    initialise: Callable[[Any], TrainState]
+    state: Any
+    places: sharding.Placement
+    train_step: TrainStep
+
+
+def _program(parts: Parts) -> _Program:
+    config = parts.config
     schedule = make_schedule(config.schedule)
     abstract_params, axes = parts.model.abstract_params(), parts.model.logical_axes()
     optimizer = make_optimizer(config.optimizer, schedule, abstract_params, axes)
@@ -242,15 +259,6 @@ def run(
     )
     abstract = jax.eval_shape(initialise, abstract_params)
     places = sharding.place(abstract, axes, parts.mesh, config.sharding)
-    _check_memory(parts, abstract, places)
-    placement = places.state
-    abstract = sharding.with_shardings(abstract, placement)
-
-    def fresh() -> TrainState:
-        # Donated: the weights must not stay in memory beside the state.
-        weights = parts.initial_weights(abstract.params)
-        return jax.jit(initialise, out_shardings=placement, donate_argnums=0)(weights)
-
     train_step = make_train_step(
         parts.loss_fn(),
         optimizer,
@@ -260,12 +268,61 @@ def run(
         ema_decay=config.ema_decay,
         placement=places,
     )
+    state = sharding.with_shardings(abstract, places.state)
+    return _Program(initialise, state, places, train_step)
+
+
+def _step_arguments(parts: Parts, program: _Program) -> tuple[Any, Any, int | None]:
+    """What the training step is called with, abstract."""
+    batch = sharding.abstract_batch(parts.loader.padding(), parts.mesh)
+    ramp = bool(parts.loader.config.batch_ramp)
+    return program.state, batch, parts.config.microbatches if ramp else None
+
+
+def _compile_only(config: TrainingConfig, assemble: Callable[[Any], Parts]) -> None:
+    """Does what `--precompile` asks for; writes nothing."""
+    with _precompile.target(config.precompile):
+        parts = assemble(config)
+        _check_lengths(parts)
+        program = _program(parts)
+        facts = {**parts.facts(), **program.places.facts(), **_costs(parts)}
+        if jax.process_index() == 0:
+            for name, value in facts.items():
+                print(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value}")
+        lowered = program.train_step.lower(*_step_arguments(parts, program))
+    _precompile.show(lowered, parts.mesh)
+
+
+def run(
+    config: TrainingConfig, *, title: str, assemble: Callable[[Any], Parts] = assemble
+) -> TrainState | None:
+    """Trains to the end, or continues to it; see the module's text. None: it only compiled.
+
+    Args:
+        config: the run.
+        title: of its report.
+        assemble: opens and checks everything.
+    """
+    configs.check_same_run(config, config.model_dir, MAY_CHANGE)
+    if config.precompile:
+        return _compile_only(config, assemble)
+    parts = assemble(config)
+    _check_lengths(parts)
+    program = _program(parts)
+    abstract, places, train_step = program.state, program.places, program.train_step
+    _check_memory(parts, abstract, places)
+
+    def fresh() -> TrainState:
+        # Donated: the weights must not stay in memory beside the state.
+        weights = parts.initial_weights(abstract.params)
+        made = jax.jit(program.initialise, out_shardings=places.state, donate_argnums=0)
+        return made(weights)
+
     ramp = bool(parts.loader.config.batch_ramp)
     newest = max(committed_steps(_checkpoints(config)), default=0)
     if newest < config.loop.train_steps:
         parts.loader.warm_up(newest)
-        batch = sharding.abstract_batch(parts.loader.padding(), parts.mesh)
-        train_step.compile_ahead(abstract, batch, config.microbatches if ramp else None)
+        train_step.compile_ahead(*_step_arguments(parts, program))
 
     with Checkpointer(config.model_dir, config.checkpoint) as checkpointer:
         state, resumed = checkpoints.restore_or_init(checkpointer, abstract, fresh)
@@ -330,7 +387,7 @@ def facts(parts: Parts) -> dict[str, Any]:
     # A prefix LM attends over the joined row; of an encoder-decoder's two, the longer says more.
     join = sum if parts.loader.objective.decoder_only else max
     implementation, reason = training_implementation(
-        config.model, join((data.input_length, data.target_length)), jax.default_backend()
+        config.model, join((data.input_length, data.target_length)), target_platform()
     )
     return {
         "parameters": parts.model.num_params,
@@ -340,7 +397,7 @@ def facts(parts: Parts) -> dict[str, Any]:
         "FLOPs per token": quantity(flops_per_step(parts) / tokens),
         "steps": config.loop.train_steps,
         "attention": f"{implementation} ({reason})",
-        "devices": f"{parts.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape}",
+        "devices": f"{parts.mesh.size} x {parts.mesh.devices.flat[0].device_kind}, mesh {shape}",
         **_pipeline_facts(config.model, parts.mesh),
     }
 
@@ -452,7 +509,7 @@ def _predicted(parts: Parts, state: Any) -> memory.Memory:
         parts.mesh,
         batch_size=data.batch_size,
         lengths=(data.input_length, data.target_length),
-        platform=jax.default_backend(),
+        platform=target_platform(),
         strategy=parts.config.sharding,
         microbatches=parts.config.microbatches,
     )[0]

@@ -11,6 +11,10 @@ import dataclasses
 
 from chatyuan.stages import _supervised
 
+FLAGS = {
+    "precompile": "compile the training step, show its memory and communication, and end; "
+    "=v5e:2x4 for TPUs that are not attached"
+}
 TRAINS = True  # takes the flags of several processes and of restarts
 
 

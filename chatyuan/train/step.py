@@ -108,7 +108,9 @@ class TrainStep:
             )
         return self._jitted[mesh]
 
-    def _count(self, active: int | None, state: Tree) -> jax.Array | None:
+    def _count(
+        self, active: int | None, state: Tree
+    ) -> jax.Array | jax.ShapeDtypeStruct | None:
         """The count on the devices of the state, transferred once: the loop guards transfers."""
         if active is None or self.microbatches == 1:
             return None
@@ -117,6 +119,8 @@ class TrainStep:
                 f"active_microbatches = {active} is outside 1..{self.microbatches} (MICROBATCHES)."
             )
         place = getattr(state.step, "sharding", None)
+        if isinstance(state.step, jax.ShapeDtypeStruct):  # its devices need not exist
+            return jax.ShapeDtypeStruct((), np.int32, sharding=place)
         if (active, place) not in self._counts:
             self._counts[active, place] = jax.device_put(np.int32(active), place)
         return self._counts[active, place]
