@@ -26,6 +26,7 @@ GOLDEN = [
     ({"loss": "robust", "label_smoothing": 0.1}, -12.0, 0.573138869),
     ({"loss": "ipo_sum"}, -12.0, 9.0),
     ({"loss": "ipo"}, -12.0, 22.168402778),
+    ({"loss": "ipo"}, -10.0, 19.140625),  # (3/6 + 1/8 - 5)^2: each fall over its own tokens
     ({"loss": "hinge"}, -12.0, 0.8),
     ({"loss": "simpo", "beta": 2.0, "simpo_gamma": 0.5}, -12.0, 1.136871006),
     ({"loss": "orpo", "orpo_lambda": 0.1}, -12.0, 2.076884167),
