@@ -180,7 +180,7 @@ def test_a_strategy_and_a_mesh_change_where_things_are_and_nothing_else(shop, ca
     said = capsys.readouterr().out
     assert "mesh {'data': 4, 'tensor': 2}" in said
     assert re.search(r"zero_stage +2", said) and re.search(r"sequence_parallel +True", said)
-    alone = small(shop, "whole", MICROBATCHES=2, MESH="{'data': 4, 'tensor': 2}", TRAIN_STEPS=4)
+    alone = small(shop, "on_a_mesh", MICROBATCHES=2, MESH="{'data': 4, 'tensor': 2}", TRAIN_STEPS=4)
     settings = {"pretrain__Config__num_samples": 1, "pretrain__Config__eval_split": "'validation'"}
     small(shop, "split", *leaves, **mesh, **settings)
     zero3 = "--gin_file=gin/sharding/zero3.gin"
