@@ -91,6 +91,9 @@ class Checker:
         if target:
             module = target.__module__
             self.aliases[target] = (module, module.split(".")[-1], target.__qualname__)
+        # A stage may take what was written for others: their settings are then its own.
+        others = getattr(target, "STANDS_FOR", ())
+        self._stands_for: dict[Builder, Builder] = dict.fromkeys(others, target)
         self.nodes: list[Node] = []
         self._symbols: dict[int, dict[str, tuple[object, str]]] = {}
         self._parameters: dict[Builder, tuple[dict[str, Parameter], bool]] = {}
@@ -149,6 +152,7 @@ class Checker:
             target = find(binding.selector, place=binding.place)
             if target is None:
                 continue
+            target = self._stands_for.get(target, target)
             known, others = self.parameters(target)
             if binding.parameter in known or others:
                 self.keys[id(binding)] = (binding.scope, target, binding.parameter)

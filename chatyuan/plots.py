@@ -65,6 +65,77 @@ def draw(model_dir: str | os.PathLike[str]) -> list[Plot]:
     return made
 
 
+@dataclasses.dataclass(frozen=True)
+class LawCurve:
+    """Loss of one model size over training tokens.
+
+    Attributes:
+        label: for the legend.
+        tokens: of the curve.
+        losses: what the law says there, nats per target token.
+        bounds: (low, high) of its interval there.
+        runs: (tokens, loss) that were measured at this size.
+    """
+
+    label: str
+    tokens: Sequence[float]
+    losses: Sequence[float]
+    bounds: Sequence[tuple[float, float]]
+    runs: Sequence[tuple[float, float]]
+
+
+def draw_law(
+    path: str | os.PathLike[str],
+    curves: Sequence[LawCurve],
+    rest: Sequence[tuple[float, float]],
+    predicted: tuple[float, float, float, float],
+) -> None:
+    """Draws a fitted scaling law beside the runs it was fitted to.
+
+    Args:
+      path: of the PNG file, which is replaced at once.
+      curves: model sizes; the last is that of the predicted run.
+      rest: (tokens, loss) of runs of other sizes.
+      predicted: tokens, loss and its interval of the predicted run.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure, axes = _figure("Scaling law", "cross entropy per target token (nats)")
+    if rest:
+        axes.plot(*zip(*rest, strict=True), "o", color=GREY, markersize=4, label="other sizes")
+    colors = [BLUE, *CYCLE][: len(curves) - 1]
+    for curve, color in zip(curves, [*colors, "black"], strict=True):
+        low, high = zip(*curve.bounds, strict=True)
+        axes.fill_between(curve.tokens, low, high, color=color, alpha=0.12, linewidth=0)
+        style = "-" if curve is not curves[-1] else "--"
+        axes.plot(curve.tokens, curve.losses, style, color=color, linewidth=1.6, label=curve.label)
+        if curve.runs:
+            axes.plot(*zip(*curve.runs, strict=True), "o", color=color, markersize=4)
+    tokens, loss, low, high = predicted
+    axes.errorbar(
+        [tokens], [loss], yerr=[[max(0.0, loss - low)], [max(0.0, high - loss)]], fmt="*",
+        color="black", markersize=10, capsize=4, label="this run, 90 % interval",
+    )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_locator(LogLocator(numticks=7))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(float(x))))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _plain_log(axes)
+    axes.legend(frameon=False, fontsize=9)
+    target = pathlib.Path(path)
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, format="png", dpi=110)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise unwritable(target, error) from error
+
+
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> Series:
     """Returns the (steps, values) of one figure, without the reports that lack it or have null."""
     pairs = [

@@ -1,17 +1,18 @@
 """Say what a run needs before it starts: memory, time, money, mesh; or fit a scaling law.
 
-1. `plan --gin_file=RECIPE` takes a recipe of pretrain or sft and reads no data: shapes decide.
+1. `plan --gin_file=RECIPE` takes a recipe or saved config.gin of pretrain or sft; no data is read.
 2. Memory is counted from shardings and from what autodiff keeps of the loss; nothing is compiled.
 3. `plan --fit RUN/metrics.jsonl ...` fits Chinchilla's law to finished runs and predicts this one.
 """
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
-from chatyuan import configs
+from chatyuan import configs, plots
 from chatyuan.errors import UserError
 from chatyuan.metrics import METRICS, duration, quantity, read_rows
 from chatyuan.models import Model, build
@@ -19,7 +20,7 @@ from chatyuan.models.config import ModelConfig
 from chatyuan.planning import meshes, scaling_law
 from chatyuan.planning.devices import PRICES_OF, device
 from chatyuan.planning.memory import abstract_state, checkpoint_bytes
-from chatyuan.stages import _supervised
+from chatyuan.stages import _supervised, pretrain, sft
 
 FLAGS = {"fit": "fit L(N, D) to the runs whose metrics.jsonl are the arguments"}
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, table 3
@@ -31,6 +32,9 @@ GIB = 2**30
 @dataclasses.dataclass(frozen=True)
 class Config(_supervised.Config):
     """A planned training run."""
+
+    # Recipes and saved config.gin files of these may be given: their settings are read as ours.
+    STANDS_FOR: ClassVar[tuple[type, ...]] = (pretrain.Config, sft.Config)
 
     arguments: tuple[str, ...] = dataclasses.field(
         default=(), metadata={"help": "with --fit: metrics.jsonl files of finished runs"}
@@ -45,24 +49,30 @@ class Config(_supervised.Config):
         default=None,
         metadata={"help": "of one device; None = its list price", "unit": "US dollars"},
     )
+    plot: str = dataclasses.field(
+        default="scaling_law.png", metadata={"help": "with --fit: file of the picture"}
+    )
 
 
 def run(config: Config) -> None:
-    """Prints the plan, or the fit."""
+    """Prints the plan, or the fit and its picture."""
     if config.fit:
-        _fit(config)
+        _draw(config, _fit(config))
         return
-    if config.arguments:
-        raise UserError(f"plan takes files only with --fit, got {' '.join(config.arguments)}.")
-    _plan(config)
+    _check_and_plan(config)
 
 
 def dry_run(config: Config) -> None:
-    """A plan writes nothing: the same."""
-    run(config)
+    """The same, without the picture."""
+    if config.fit:
+        _fit(config)
+        return
+    _check_and_plan(config)
 
 
-def _plan(config: Config) -> None:
+def _check_and_plan(config: Config) -> None:
+    if config.arguments:
+        raise UserError(f"plan takes files only with --fit, got {' '.join(config.arguments)}.")
     if not 0 < config.mfu <= 1:
         raise UserError(f"plan.Config.mfu = {config.mfu} must be in (0, 1]; 0.4 is common.")
     if config.devices < 1:
@@ -224,7 +234,7 @@ def read_run(path: str) -> scaling_law.Run:
     return scaling_law.Run(folder.name, model.num_params, tokens, loss)
 
 
-def _fit(config: Config) -> None:
+def _fit(config: Config) -> scaling_law.Fit:
     fitted = scaling_law.fit([read_run(path) for path in config.arguments])
     law = fitted.law
     print(
@@ -236,8 +246,7 @@ def _fit(config: Config) -> None:
             f"  {one.name}: N {quantity(one.parameters)}, D {quantity(one.tokens)}, loss "
             f"{one.loss:.4f}, law {float(law.loss(one.parameters, one.tokens)):.4f}"
         )
-    n = build(config.model).num_params
-    d = config.data.batch_size * sum(_lengths(config)) * config.loop.train_steps
+    n, d = _size(config)
     low, high = fitted.interval(n, d)
     print(
         f"This run: N {quantity(n)}, D {quantity(d)} tokens: loss {float(law.loss(n, d)):.4f}, "
@@ -248,3 +257,36 @@ def _fit(config: Config) -> None:
         f"Best for the same {quantity(6.0 * n * d)} FLOPs (6 N D): N {quantity(float(best_n))}, D "
         f"{quantity(float(best_d))}, loss {float(law.loss(best_n, best_d)):.4f}."
     )
+    return fitted
+
+
+def _size(config: Config) -> tuple[int, int]:
+    """N and D of the planned run."""
+    tokens = config.data.batch_size * sum(_lengths(config)) * config.loop.train_steps
+    return build(config.model).num_params, tokens
+
+
+def _draw(config: Config, fitted: scaling_law.Fit) -> None:
+    """Draws loss over tokens, one curve for each model size, six at most, and this run."""
+    n, d = _size(config)
+    sizes = sorted({run.parameters for run in fitted.runs})
+    picked = sorted({sizes[round(i)] for i in np.linspace(0, len(sizes) - 1, 6)})
+    tokens = [run.tokens for run in fitted.runs] + [d]
+    along = np.geomspace(min(tokens) / 1.3, max(tokens) * 1.3, 60)
+    curves = []
+    for size in (*picked, n):
+        own = [run for run in fitted.runs if run.parameters == size and size in picked]
+        bounds = [fitted.interval(size, x, new_run=False) for x in along]
+        curves.append(
+            plots.LawCurve(
+                label=f"N {quantity(float(size))}",
+                tokens=along.tolist(),
+                losses=fitted.law.loss(size, along).tolist(),
+                bounds=bounds,
+                runs=[(run.tokens, run.loss) for run in own],
+            )
+        )
+    rest = [(run.tokens, run.loss) for run in fitted.runs if run.parameters not in picked]
+    predicted = (d, float(fitted.law.loss(n, d)), *fitted.interval(n, d))
+    plots.draw_law(config.plot, curves, rest, predicted)
+    print(f"Picture: {config.plot}")

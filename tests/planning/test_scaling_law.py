@@ -1,11 +1,12 @@
 """The fit finds laws that were put in; the published coefficients give the published optimum."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from chatyuan import configs
+from chatyuan import configs, main
 from chatyuan.errors import UserError
 from chatyuan.models import build
 from chatyuan.models.config import ModelConfig
@@ -75,3 +76,64 @@ def test_a_run_is_read_from_its_folder(tmp_path):
     assert (run.parameters, run.tokens, run.loss) == (build(model).num_params, 20, 4.5)
     with pytest.raises(UserError, match="does not exist"):
         plan.read_run(str(tmp_path / "nowhere"))
+
+
+def test_the_command_fits_predicts_and_draws(tmp_path, capsys):
+    shapes, models = (8, 16, 32), []
+    for index, width in enumerate(shapes):
+        sizes = {"embed_dim": width, "mlp_dim": 2 * width, "num_heads": 1, "head_dim": 8}
+        models.append((sizes, ModelConfig(vocab_size=128, **sizes)))
+        n = build(models[-1][1]).num_params
+        for ratio in (5, 20, 80):
+            folder = tmp_path / f"{index}_{ratio}"
+            folder.mkdir()
+            saved = {"class": "x", "model": configs.to_json(models[-1][1])}
+            (folder / "config.json").write_text(json.dumps(saved))
+            loss = float(CHINCHILLA.loss(n, n * ratio))
+            row = {"step": 1, "loss": loss, "tokens_seen": n * ratio}
+            (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    files = [str(path) for path in sorted(tmp_path.glob("*/metrics.jsonl"))]
+    wanted = [f"--gin.ModelConfig.{name}={value}" for name, value in models[-1][0].items()]
+    settings = {"ModelConfig.vocab_size": 128, "INPUT_LENGTH": 64, "TARGET_LENGTH": 32,
+                "BATCH_SIZE": 10, "TRAIN_STEPS": 5000,
+                "plan.Config.plot": tmp_path / "law.png"}  # fmt: skip
+    words = [*wanted, *(f"--gin.{name}={value}" for name, value in settings.items())]
+    assert main.main(["plan", "--fit", "--dry_run", *files, *words]) == 0
+    assert not (tmp_path / "law.png").exists()
+    capsys.readouterr()
+    assert main.main(["plan", "--fit", *files, *words]) == 0
+    out = capsys.readouterr().out
+    n, d = build(models[-1][1]).num_params, 10 * (64 + 32) * 5000
+    found = re.search(r"loss ([\d.]+), 90 % of such runs between ([\d.]+) and ([\d.]+)\.", out)
+    loss, low, high = map(float, found.groups())
+    assert loss == pytest.approx(float(CHINCHILLA.loss(n, d)), rel=0.02)
+    assert low <= loss + 1e-4 and loss <= high + 1e-4
+    assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_settings_written_for_other_stages_are_read(tmp_path, capsys):
+    file = tmp_path / "recipe.gin"
+    for stage in ("pretrain", "sft"):
+        file.write_text(
+            "from __gin__ import dynamic_registration\n"
+            f"from chatyuan.stages import {stage}\n{stage}.Config.microbatches = 4\n"
+        )
+        assert configs.load("plan", [str(file)]).microbatches == 4
+    file.write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from chatyuan.stages import infer\ninfer.Config.batch_size = 4\n"
+    )
+    with pytest.raises(UserError, match="infer.Config"):
+        configs.load("plan", [str(file)])
+
+
+def test_a_saved_configuration_is_planned(tmp_path):
+    macros = {"MODEL_DIR": "m", "MIXTURE": "x", "VOCABULARY": "v", "CACHE_DIR": "c",
+              "MICROBATCHES": 2}  # fmt: skip
+    recipe = "gin/recipes/pretrain_t5_1_1_small.gin"
+    trained = configs.load("pretrain", [recipe], macros)
+    configs.save_run(trained, tmp_path)
+    planned = configs.load("plan", [str(tmp_path / "config.gin")], {"plan.Config.devices": 64})
+    assert planned.devices == 64 and planned.microbatches == 2
+    for name in ("model", "optimizer", "data", "mesh", "sharding", "loop"):
+        assert getattr(planned, name) == getattr(trained, name), name
