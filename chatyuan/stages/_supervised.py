@@ -285,7 +285,8 @@ def _compile_only(config: TrainingConfig, assemble: Callable[[Any], Parts]) -> N
         parts = assemble(config)
         _check_lengths(parts)
         program = _program(parts)
-        facts = {**parts.facts(), **program.places.facts(), **_costs(parts)}
+        predicted = {f"predicted {name}": value for name, value in _costs(parts).items()}
+        facts = {**parts.facts(), **program.places.facts(), **predicted}
         if jax.process_index() == 0:
             for name, value in facts.items():
                 print(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value}")
