@@ -10,7 +10,8 @@
    libraries and memory) and compiling longer: by a fifth for a training step, fourfold for random
    bits.
 3. Compiled programs are kept on disk, so that the second start of a run compiles nothing.
-4. TensorFlow, where a cache is built, keeps its greetings to itself.
+4. On accelerators XLA is told to compute while devices communicate (`_overlap`).
+5. TensorFlow, where a cache is built, keeps its greetings to itself.
 """
 
 import ctypes
@@ -20,9 +21,16 @@ import os
 import pathlib
 import sys
 
+from chatyuan.stages import _overlap
+
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
+# Kind of device -> the packages that bring it to jax, and its names in JAX_PLATFORMS.
+_PLUGINS = {
+    "gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin"),
+    "tpu": ("libtpu",),
+}
+_PLATFORMS = {"gpu": {"gpu", "cuda", "rocm"}, "tpu": {"tpu"}}
 
 
 def configure() -> None:
@@ -30,6 +38,7 @@ def configure() -> None:
     if on_cpu():
         keep_freed_memory()
         compile_quickly()
+    _overlap.apply(accelerators())
     keep_compiled_programs()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -50,7 +59,18 @@ def on_cpu() -> bool:
     chosen = os.environ.get("JAX_PLATFORMS", "")
     if chosen:
         return chosen == "cpu"
-    return not any(importlib.util.find_spec(name) for name in _ACCELERATORS)
+    return not accelerators()
+
+
+def accelerators() -> list[str]:
+    """Kinds of devices ("gpu", "tpu") whose plugin is installed and not ruled out by the user."""
+    chosen = set(filter(None, os.environ.get("JAX_PLATFORMS", "").split(",")))
+    return [
+        kind
+        for kind, plugins in _PLUGINS.items()
+        if any(importlib.util.find_spec(name) for name in plugins)
+        and (not chosen or chosen & _PLATFORMS[kind])
+    ]
 
 
 def keep_freed_memory() -> bool:
