@@ -337,5 +337,31 @@ def _evaluation(rows: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
+def accuracy_by_gap(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draws the accuracy of a reward model by the distance of the two scores of a pair.
+
+    Args:
+      path: the picture, replaced at once; its folder is made.
+      rows: with smallest gap, largest gap, accuracy, low and high (its interval), pairs.
+    """
+    figure, axes = _figure("Accuracy by gap of scores", "accuracy")
+    places = range(len(rows))
+    right = [row["accuracy"] for row in rows]
+    below = [max(0.0, row["accuracy"] - row["low"]) for row in rows]
+    above = [max(0.0, row["high"] - row["accuracy"]) for row in rows]
+    axes.errorbar(places, right, yerr=(below, above), color=BLUE, marker="o", capsize=3)
+    axes.axhline(0.5, color=GREY, linewidth=1, linestyle="--")
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("gap of the two scores (pairs)")
+    axes.set_xticks(list(places))
+    axes.set_xticklabels(
+        [f"{row['smallest gap']:.2g}-{row['largest gap']:.2g}\n({row['pairs']})" for row in rows]
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.tmp{os.getpid()}{path.suffix}")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(path)
+
+
 def _ascii(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()

@@ -169,6 +169,10 @@ class PreferenceLoader:
         """A batch that holds nothing: the shapes and dtypes of all."""
         return self._empty(self.config.batch_size // self.process_count)
 
+    def warm_up(self, step: int = 0) -> None:
+        """Reads the files of a step, so that damage is told before anything is compiled."""
+        self.batch(step)
+
     def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Any]:
         """`batch(start_step)`, `batch(start_step + 1)`, ... prepared ahead by Grain's threads."""
         import grain  # imports jax

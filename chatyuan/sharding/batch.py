@@ -130,4 +130,4 @@ def check_lengths(
     """
     axis = "norm_length" if sequence_parallel else "length"
     for name, value in host_batch.items():
-        partition_spec((None, axis), mesh, shape=np.shape(value)[:2], name=name)
+        partition_spec((None, axis)[: np.ndim(value)], mesh, shape=np.shape(value)[:2], name=name)

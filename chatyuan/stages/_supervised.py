@@ -146,6 +146,10 @@ class Parts:
         """Returns the FLOPs of one optimizer step."""
         return flops_per_step(self, step)
 
+    def predicted(self, state: Any) -> memory.Memory:
+        """Returns the memory of one device; `state` as `planning.memory.abstract_state`."""
+        return _predicted(self, state)
+
     def meta(self) -> dict[str, Any]:
         """Returns what every checkpoint says about its run."""
         model = _run_folder.model_meta(self.config.model, self.vocabulary)
@@ -494,7 +498,7 @@ def _costs(parts: Parts) -> dict[str, str]:
     state = memory.abstract_state(
         parts.model, parts.config.optimizer, parts.config.ema_decay is not None
     )
-    predicted = _predicted(parts, state)
+    predicted = parts.predicted(state)
     kinds = " + ".join(f"{n} {size / 2**30:.2f}" for n, size in predicted.kinds().items())
     return {
         "memory per device": f"{predicted.total / 2**30:.2f} GiB = {kinds}",
@@ -533,6 +537,6 @@ def _check_memory(parts: Parts, state: Any, places: sharding.Placement) -> None:
     # Tracing takes a second, which a small model on a CPU need not wait for.
     if jax.default_backend() == "cpu" and held < limit / 4:
         return
-    total = _predicted(parts, state).total
+    total = parts.predicted(state).total
     if total > limit and jax.process_index() == 0:
         print(f"Warning: {memory.too_little(total, limit)}", file=sys.stderr, flush=True)
