@@ -86,6 +86,7 @@ class Config(_supervised.TrainingConfig):
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that cannot work."""
+        super().__post_init__()
         if self.normalisation not in NORMALISATIONS:
             raise UserError(
                 f"normalisation = {self.normalisation!r} must be one of "
