@@ -1,6 +1,5 @@
 """Runs of several processes: the curve of one, the loss of one of them, preemption, mistakes."""
 
-import functools
 import signal
 
 import jax
@@ -59,7 +58,7 @@ def test_four_processes_train_the_curve_of_one(one, four):
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_job_which_resumes_bitwise(shop, four):
-    command = words(shop, "killed")
+    command = words(shop, "lost_process")
     job = Job(shop.root / "out_killed", command, count=4, devices=2)
     job.wait_for("step 5/6", seconds=240)
     job.processes[2].send_signal(signal.SIGKILL)
@@ -67,8 +66,8 @@ def test_a_killed_process_ends_the_job_which_resumes_bitwise(shop, four):
     assert statuses[2] == -signal.SIGKILL and 0 not in statuses
     job = Job(shop.root / "out_again", command, count=4, devices=2)
     assert job.wait(240) == [0, 0, 0, 0], job.output(0)
-    assert untimed(shop.root / "killed") == untimed(four)
-    ours, theirs = arrays(shop.root / "killed", 6), arrays(four, 6)
+    assert untimed(shop.root / "lost_process") == untimed(four)
+    ours, theirs = arrays(shop.root / "lost_process", 6), arrays(four, 6)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert value.tobytes() == theirs[name].tobytes(), name
@@ -119,8 +118,8 @@ def test_more_processes_than_rows(shop):
 def test_eight_four_six_devices_continue_one_run(shop, one, monkeypatch):
     """A checkpoint of any mesh restores on any other; the curve is that of one mesh."""
     def go(name, devices, steps, mesh):
-        make = functools.partial(real, devices=jax.devices()[:devices])
-        monkeypatch.setattr(sharding, "make_mesh", make)
+        some = jax.devices()[:devices]
+        monkeypatch.setattr(sharding, "make_mesh", lambda shape, _=None: real(shape, some))
         settings = SETTINGS | {"TRAIN_STEPS": steps, "MESH": mesh, "BATCH_SIZE": 24}
         folder = shop.root / name
         assert shop.run("pretrain", MODEL_DIR=folder, MIXTURE=shop.text, **settings) == 0
