@@ -1,6 +1,7 @@
 """Predicted memory against XLA's own analysis, and large models on meshes that do not exist."""
 
 import dataclasses
+import functools
 import types
 
 import pytest
@@ -117,6 +118,7 @@ def test_too_little_memory_is_told_before_compiling(monkeypatch, capsys):
         config=types.SimpleNamespace(microbatches=1, sharding=None, optimizer=optimizer),
         loader=types.SimpleNamespace(config=DataConfig(batch_size=16, target_length=64)),
     )
+    parts.predicted = functools.partial(_supervised._predicted, parts)
     held = sharding.bytes_per_device(state, places.state)
     held += sharding.bytes_per_device(state.params, places.gradients)
 
