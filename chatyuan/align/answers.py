@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
+from chatyuan.models.reward import RewardModel
 from chatyuan.ops.linear_cross_entropy import token_log_probs
+from chatyuan.ops.policy_losses import entropy
 
 
 @jax.tree_util.register_dataclass
@@ -129,6 +131,28 @@ def answer_hidden(
     return hidden_RUD.reshape(count, groups, states, -1)
 
 
+def reward_scores(
+    model: RewardModel,
+    params: Any,
+    answers: Answers,
+    *,
+    dropout_key: Array | None = None,
+    mesh: Mesh | None = None,
+) -> Array:
+    """Returns a reward model's raw score of each answer, float32 `[B, G]`, read at its end.
+
+    Args:
+      model: a reward model.
+      params: its parameters.
+      answers: see `Answers`; one of length 0 has a score without meaning.
+      dropout_key: None when not training.
+      mesh: over which parameters and batch are split; None = one device.
+    """
+    batch = batch_of(answers, model.config.architecture, reads_end=True)
+    scores_R = model.score(params, batch, dropout_key=dropout_key, mesh=mesh)
+    return scores_R.reshape(answers.lengths.shape)
+
+
 def token_scores(
     module: Any,
     hidden_BGTD: Array,
@@ -184,7 +208,6 @@ def token_entropies(
     @jax.checkpoint
     def one(hidden_CD: Array) -> Array:
         logits_CV = jnp.matmul(hidden_CD, weight, preferred_element_type=jnp.float32) / temperature
-        log_probs_CV = jax.nn.log_softmax(logits_CV)
-        return -jnp.sum(jnp.exp(log_probs_CV) * log_probs_CV, axis=-1)
+        return entropy(logits_CV)
 
     return jax.lax.map(one, rows).reshape(-1)[:count].reshape(shape)

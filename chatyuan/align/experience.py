@@ -13,10 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from chatyuan import sharding
-from chatyuan.align.answers import Answers, answer_hidden, token_entropies, token_scores
+from chatyuan.align.answers import (
+    Answers,
+    answer_hidden,
+    reward_scores,
+    token_entropies,
+    token_scores,
+)
 from chatyuan.align.roles import Critic, Split
 from chatyuan.align.rollout import Rollouts
 from chatyuan.models.reward import RewardModel
@@ -87,7 +93,7 @@ def make_score(
         if critic is not None:
             values = critic_values(critic, critic_params, answers, hidden, on)
         scores = tuple(
-            reward_scores(of, tree, answers, on)
+            reward_scores(of, tree, answers, mesh=on)
             for of, tree in zip(models, reward_params, strict=True)
         )
         return log_probs, reference_log_probs, entropies, values, scores
@@ -134,17 +140,6 @@ def critic_values(
     return jnp.where(answers.mask, critic.values(params, hidden), 0.0)
 
 
-def reward_scores(
-    model: RewardModel, params: Tree, answers: Answers, mesh: Mesh | None = None
-) -> Array:
-    """Returns a reward model's raw score of each answer, float32 `[B, G]`, at its last token."""
-    module = model.backbone.bind(params["backbone"])
-    hidden = answer_hidden(module, answers, reads_end=True, mesh=mesh)
-    last = answers.lengths[..., None, None]
-    hidden_BGD = jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]
-    return Critic(model, separate=True).values(params, hidden_BGD)
-
-
 def in_parts(function: Callable[[Tree], Tree], tree: Tree, count: int, mesh: Mesh | None) -> Tree:
     """Applies a function of rows `[B, ...]` to `count` parts in turn, and joins the results."""
     if count == 1:
@@ -166,10 +161,7 @@ def split_rows(tree: Tree, count: int, mesh: Mesh | None, leading: int = 0) -> T
     def one(x: Array) -> Array:
         before, rows = x.shape[:leading], x.shape[leading]
         x = x.reshape(*before, count, rows // count, *x.shape[leading + 1 :])
-        if mesh is None:
-            return x
         axes = (*(None,) * (leading + 1), "batch", *(None,) * (x.ndim - leading - 2))
-        spec = sharding.partition_spec(axes, mesh, shape=x.shape, name="rollouts")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return sharding.constrain_activation(x, axes, mesh)
 
     return jax.tree.map(one, tree)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from chatyuan.errors import UserError
-from chatyuan.models.reward import RewardModel
+from chatyuan.models.reward import RewardModel, head_values
 from chatyuan.ops.token_rewards import Moments, no_moments
 from chatyuan.train.optimizers import Optimizer
 
@@ -181,5 +181,4 @@ class Critic:
 
     def values(self, critic: Tree, hidden: Array) -> Array:
         """Returns the head's number at each state `[..., D]`, float32 `[...]`."""
-        head = critic["head"]
-        return jnp.sum(hidden.astype(jnp.float32) * head["kernel"], axis=-1) + head["bias"]
+        return head_values(critic["head"], hidden)

@@ -26,7 +26,8 @@ from chatyuan.align.roles import AlignState, Critic, Split
 from chatyuan.align.targets import Rewards, Targets, make_targets, reward_answers
 from chatyuan.ops import policy_losses
 from chatyuan.ops.kl import adapt_kl_coefficient, kl_estimate
-from chatyuan.ops.masked import masked_mean
+from chatyuan.ops.masked import masked_mean, masked_sum
+from chatyuan.ops.preference_losses import PairLogProbs, PreferenceLoss, dpo
 from chatyuan.train.optimizers import Optimizer, global_norm
 
 Tree = Any
@@ -335,11 +336,12 @@ def _loss(
 
 def _preference(config: AlignConfig, log_probs: Array, part: Targets) -> Array:
     """Sum of DPO's losses; the first answer of a pair is the preferred one."""
-    keep = part.mask.astype(jnp.float32)
-    gained_BC = jnp.sum((log_probs - part.reference_log_probs) * keep, axis=-1)
-    margin_B = config.dpo_beta * (gained_BC[:, 0] - gained_BC[:, 1])
-    real_B = jnp.any(part.mask, axis=(1, 2))
-    return jnp.sum(jnp.where(real_B, -jax.nn.log_sigmoid(margin_B), 0.0))
+    of_BC = (masked_sum(x, part.mask, axis=-1) for x in (log_probs, part.reference_log_probs))
+    (chosen_B, rejected_B), references = (x_BC.T for x_BC in of_BC)
+    losses_B = dpo(
+        PairLogProbs(chosen_B, rejected_B, *references), PreferenceLoss(beta=config.dpo_beta)
+    )
+    return masked_sum(losses_B, jnp.any(part.mask, axis=(1, 2)))
 
 
 def _figures(

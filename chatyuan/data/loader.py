@@ -16,8 +16,8 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -444,14 +444,7 @@ class Loader(_Rows):
 
     def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[dict]:
         """`batch(start_step)`, `batch(start_step + 1)`, ... prepared ahead by Grain's threads."""
-        import grain  # imports jax
-
-        options = grain.ReadOptions(
-            num_threads=max(1, self.config.threads),
-            prefetch_buffer_size=max(1, self.config.prefetch),
-        )
-        steps = grain.MapDataset.range(start_step, stop_step or (1 << 62))
-        return iter(steps.map(self.batch).to_iter_dataset(options))
+        return read_ahead(self.batch, self.config, start_step, stop_step)
 
     def stats(self, step: int) -> list[SourceStats]:
         """What the steps before `step` took of each source, counted over all processes."""
@@ -504,6 +497,19 @@ def _partial(block: stream.Block, inside: int, num_sources: int) -> np.ndarray:
     every = np.ones(len(piece))
     columns = [begins, tokens, every, np.zeros(len(piece)), flags & 1, (flags & 2) // 2]
     return np.stack([count(np.asarray(column, np.float64)) for column in columns], axis=1)
+
+
+def read_ahead(
+    batch: Callable[[int], Any], config: DataConfig, start_step: int, stop_step: int | None = None
+) -> Iterator[Any]:
+    """`batch(start_step)`, `batch(start_step + 1)`, ... prepared ahead by Grain's threads."""
+    import grain  # imports jax
+
+    options = grain.ReadOptions(
+        num_threads=max(1, config.threads), prefetch_buffer_size=max(1, config.prefetch)
+    )
+    steps = grain.MapDataset.range(start_step, stop_step or (1 << 62))
+    return iter(steps.map(batch).to_iter_dataset(options))
 
 
 class EvalLoader(_Rows):

@@ -1,6 +1,6 @@
 """Batches of prompts with K ranked answers each, a pure function of (seed, step).
 
-    loader = PreferenceLoader(config, vocabulary, pad_id=..., eos_id=...)
+    loader = PreferenceLoader(config, vocabulary)
     for batch in loader.iterate(start_step): ...   # this process's rows
 
 Every epoch is a permutation of its own of all rows of all tasks; step s takes the next batch. No
@@ -16,7 +16,7 @@ import numpy as np
 
 from chatyuan.data.cache import Cache, open_cache, read_mixture
 from chatyuan.data.keyed import name_key, permute
-from chatyuan.data.loader import DataConfig
+from chatyuan.data.loader import DataConfig, read_ahead
 from chatyuan.errors import UserError
 from chatyuan.text.preferences import nothing_left
 from chatyuan.text.vocabulary import Vocabulary
@@ -175,11 +175,4 @@ class PreferenceLoader:
 
     def iterate(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Any]:
         """`batch(start_step)`, `batch(start_step + 1)`, ... prepared ahead by Grain's threads."""
-        import grain  # imports jax
-
-        options = grain.ReadOptions(
-            num_threads=max(1, self.config.threads),
-            prefetch_buffer_size=max(1, self.config.prefetch),
-        )
-        steps = grain.MapDataset.range(start_step, stop_step or (1 << 62))
-        return iter(steps.map(self.batch).to_iter_dataset(options))
+        return read_ahead(self.batch, self.config, start_step, stop_step)

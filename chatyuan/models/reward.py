@@ -106,10 +106,7 @@ class RewardModel:
         """
         module = self.backbone.bind(params[BACKBONE])
         hidden_RTD = module.hidden(batch, dropout_key=dropout_key, mesh=mesh)
-        head = params[HEAD]
-        return (
-            linear(hidden_RTD.astype(jnp.float32), head["kernel"][:, None])[..., 0] + head["bias"]
-        )
+        return head_values(params[HEAD], hidden_RTD)
 
     def score(
         self,
@@ -126,6 +123,11 @@ class RewardModel:
         """
         values_RT = self.values(params, batch, dropout_key=dropout_key, mesh=mesh)
         return jnp.take_along_axis(values_RT, last_inputs(batch)[:, None], axis=1)[:, 0]
+
+
+def head_values(head: Params, hidden: Array) -> Array:
+    """Returns the head's number at each state `[..., D]`, float32 `[...]`."""
+    return linear(hidden.astype(jnp.float32), head["kernel"][:, None])[..., 0] + head["bias"]
 
 
 def last_inputs(batch: Batch) -> Array:

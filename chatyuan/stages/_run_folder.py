@@ -26,6 +26,13 @@ def keep_vocabulary(vocabulary: Vocabulary, model_dir: str | os.PathLike[str]) -
         temporary.replace(target)
 
 
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Replaces a file, which never exists half-written under its name."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def model_meta(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
     """Returns what a checkpoint says about its model: enough to use it without its recipe."""
     return {"model": dataclasses.asdict(model), "vocabulary_sha256": vocabulary.sha256}

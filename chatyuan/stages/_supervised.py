@@ -292,8 +292,7 @@ def _compile_only(config: TrainingConfig, assemble: Callable[[Any], Parts]) -> N
         predicted = {f"predicted {name}": value for name, value in _costs(parts).items()}
         facts = {**parts.facts(), **program.places.facts(), **predicted}
         if jax.process_index() == 0:
-            for name, value in facts.items():
-                print(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value}")
+            _print_facts(facts)
         lowered = program.train_step.lower(*_step_arguments(parts, program))
     _precompile.show(lowered, parts.mesh)
 
@@ -388,7 +387,6 @@ def facts(parts: Parts) -> dict[str, Any]:
     tokens = data.batch_size * (data.input_length + data.target_length)
     first, second = parts.loader.utilisation()
     used = f"{first:.1%}" if parts.loader.objective.decoder_only else f"{first:.1%} / {second:.1%}"
-    shape = {axis: size for axis, size in parts.mesh.shape.items() if size > 1} or {"data": 1}
     # A prefix LM attends over the joined row; of an encoder-decoder's two, the longer says more.
     join = sum if parts.loader.objective.decoder_only else max
     implementation, reason = training_implementation(
@@ -402,9 +400,20 @@ def facts(parts: Parts) -> dict[str, Any]:
         "FLOPs per token": quantity(flops_per_step(parts) / tokens),
         "steps": config.loop.train_steps,
         "attention": f"{implementation} ({reason})",
-        "devices": f"{parts.mesh.size} x {parts.mesh.devices.flat[0].device_kind}, mesh {shape}",
+        "devices": described(parts.mesh),
         **_pipeline_facts(config.model, parts.mesh),
     }
+
+
+def described(mesh: jax.sharding.Mesh) -> str:
+    """Returns how many devices of what kind a mesh has, and its axes."""
+    shape = {axis: size for axis, size in mesh.shape.items() if size > 1} or {"data": 1}
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}"
+
+
+def _print_facts(facts: Mapping[str, Any]) -> None:
+    for name, value in facts.items():
+        print(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value}")
 
 
 def _pipeline_facts(model: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, str]:
@@ -438,15 +447,19 @@ class _Evaluation:
         return figures
 
     def _figures(self, params: Any) -> dict[str, float]:
-        loader = self.parts.evaluation
-        count = min(self.parts.config.eval_batches or len(loader), len(loader))
-        chosen = np.linspace(0, len(loader) - 1, count).astype(int) if count > 1 else [0]
         pending = [
-            self.loss(params, sharding.shard_batch(loader.batch(int(i)), self.parts.mesh))[2]
-            for i in chosen
+            self.loss(params, sharding.shard_batch(batch, self.parts.mesh))[2]
+            for batch in spread(self.parts.evaluation, self.parts.config.eval_batches)
         ]
         sums = jax.tree.map(lambda *values: float(np.sum(values)), *jax.device_get(pending))
         return {f"eval/{name}": sums[name][0] / sums[name][1] for name in ("loss", "accuracy")}
+
+
+def spread(loader: Any, limit: int | None) -> Iterator[Batch]:
+    """Yields the batches of a held-out loader, or `limit` of them, evenly spread."""
+    count = min(limit or len(loader), len(loader))
+    for index in np.linspace(0, len(loader) - 1, count).astype(int) if count > 1 else [0]:
+        yield loader.batch(int(index))
 
 
 def _write_report(parts: Parts, title: str, step: int) -> None:
@@ -481,8 +494,7 @@ def dry_run(config: TrainingConfig, *, assemble: Callable[[Any], Parts] = assemb
     print("Two rows as the model sees them:")
     for text in parts.rendered(2):
         print(text)
-    for name, value in {**parts.facts(), **_costs(parts)}.items():
-        print(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value}")
+    _print_facts({**parts.facts(), **_costs(parts)})
 
 
 def _check_lengths(parts: Parts) -> None:

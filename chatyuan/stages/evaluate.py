@@ -10,7 +10,6 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -273,9 +272,7 @@ def _write(
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
     whole = json.dumps({"split": config.split, "tasks": list(rows)}, ensure_ascii=False, indent=1)
     for name, text in ((PREDICTIONS, lines), (RESULTS, whole + "\n")):
-        temporary = folder / f"{name}.tmp{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / name)
+        _run_folder.write_whole(folder / name, text)
     columns = dict.fromkeys(key for row in rows for key in row)
     table = [{key: row.get(key, "") for key in columns} for row in rows]
     path = report.write_report(

@@ -8,7 +8,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chatyuan import checkpoints, configs, plots, report, sharding
-from chatyuan.align.answers import Answers, batch_of
+from chatyuan.align.answers import Answers, reward_scores
 from chatyuan.data.loader import DataConfig
 from chatyuan.data.preferences import PreferenceLoader
 from chatyuan.errors import UserError, did_you_mean
@@ -28,6 +27,7 @@ from chatyuan.models import build
 from chatyuan.models.config import flops_per_example
 from chatyuan.models.loss import LossFn
 from chatyuan.models.reward import BACKBONE, Normalisation, RewardModel
+from chatyuan.ops.platform import target_platform
 from chatyuan.ops.reward_losses import RANKINGS, reward_loss
 from chatyuan.planning import memory
 from chatyuan.stages import _run_folder, _supervised
@@ -102,21 +102,10 @@ class Config(_supervised.TrainingConfig):
                 raise UserError(f"DataConfig.{name} does not apply to preferences; leave it out.")
 
 
-def scores_of(
-    model: RewardModel,
-    params: Any,
-    batch: Mapping[str, jax.Array],
-    *,
-    dropout_key: jax.Array | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> jax.Array:
-    """Returns the raw rewards of a batch of `PreferenceLoader`, float32 [P, K]."""
-    answers = Answers(
+def answers_of(batch: Mapping[str, jax.Array]) -> Answers:
+    """Returns the prompts and answers of a batch of `PreferenceLoader`."""
+    return Answers(
         batch["prompts"], batch["prompt_lengths"], batch["answers"], batch["answer_lengths"]
-    )
-    rows = batch_of(answers, model.config.architecture, reads_end=True)
-    return model.score(params, rows, dropout_key=dropout_key, mesh=mesh).reshape(
-        answers.lengths.shape
     )
 
 
@@ -128,7 +117,9 @@ class Parts(_supervised.Parts):
         loss, model, mesh = self.config.loss, self.model, self.mesh
 
         def loss_fn(params: Any, batch: Mapping[str, jax.Array], dropout_key: Any) -> tuple:
-            scores_PK = scores_of(model, params, batch, dropout_key=dropout_key, mesh=mesh)
+            scores_PK = reward_scores(
+                model, params, answers_of(batch), dropout_key=dropout_key, mesh=mesh
+            )
             given_PK = batch["scores"]
             margins = loss.margin * (given_PK[:, :, None] - given_PK[:, None, :])
             sums = reward_loss(
@@ -171,25 +162,26 @@ class Parts(_supervised.Parts):
 
     def evaluator(self, writer: Writer) -> Callable[[TrainState, int], Mapping[str, float]]:
         """Returns the `evaluate` of `fit`: figures, and the table by gap in pairs.json."""
-        score = jax.jit(lambda params, batch: scores_of(self.model, params, batch, mesh=self.mesh))
+        score = jax.jit(
+            lambda params, batch: reward_scores(
+                self.model, params, answers_of(batch), mesh=self.mesh
+            )
+        )
 
         def evaluate(state: TrainState, step: int) -> Mapping[str, float]:
             if self.evaluation is None:
                 return {}
             found, gaps = evaluation_figures(self.config, *self._held_out(score, state.params))
-            _write_json(
-                pathlib.Path(self.config.model_dir) / PAIRS_FILE, {"step": step, "by_gap": gaps}
-            )
+            text = json.dumps({"step": step, "by_gap": gaps}, indent=1) + "\n"
+            _run_folder.write_whole(pathlib.Path(self.config.model_dir) / PAIRS_FILE, text)
             return found
 
         return evaluate
 
     def _held_out(self, score: Callable[..., Any], params: Any) -> tuple[np.ndarray, ...]:
         """(scores, ranks, lengths), each [N, K], of the held-out prompts."""
-        loader, columns = self.evaluation, []
-        count = min(self.config.eval_batches or len(loader), len(loader))
-        for index in np.linspace(0, len(loader) - 1, count).astype(int) if count > 1 else [0]:
-            batch = loader.batch(int(index))
+        columns = []
+        for batch in _supervised.spread(self.evaluation, self.config.eval_batches):
             scores = np.asarray(score(params, sharding.shard_batch(batch, self.mesh)))
             real = batch["rows"] >= 0
             columns.append([scores[real], batch["ranks"][real], batch["answer_lengths"][real]])
@@ -211,7 +203,6 @@ class Parts(_supervised.Parts):
     def facts(self) -> dict[str, Any]:
         """Returns derived numbers, printed once at the start."""
         data, loader = self.config.data, self.loader
-        shape = {axis: size for axis, size in self.mesh.shape.items() if size > 1} or {"data": 1}
         left_out = ", ".join(f"{n} {why}" for why, n in sorted(loader.dropped.items())) or "none"
         return {
             "parameters": self.model.num_params,
@@ -221,7 +212,7 @@ class Parts(_supervised.Parts):
             f"{data.target_length}) tokens, {self.config.microbatches} microbatch(es)",
             "FLOPs per step": quantity(self.flops_per_step()),
             "steps": self.config.loop.train_steps,
-            "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape}",
+            "devices": _supervised.described(self.mesh),
         }
 
     def predicted(self, state: Any) -> memory.Memory:
@@ -237,7 +228,7 @@ class Parts(_supervised.Parts):
             self.mesh,
             batch_size=data.batch_size * self.loader.answers,
             lengths=(data.input_length, data.target_length + 1),
-            platform=jax.default_backend(),
+            platform=target_platform(),
             strategy=self.config.sharding,
             microbatches=self.config.microbatches,
         )[0]
@@ -303,12 +294,6 @@ def evaluation_figures(
         values = scores_NK[chosen].astype(np.float64)
         figures |= Normalisation(float(values.mean()), float(values.std())).figures()
     return figures, preferences.by_gap(pairs.gap)
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _gap_sections(folder: pathlib.Path) -> list[report.Section]:

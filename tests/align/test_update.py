@@ -10,8 +10,9 @@ import pytest
 from align_models import EOS, model_and_params, prompts
 
 from chatyuan import sharding
+from chatyuan.align.answers import reward_scores
 from chatyuan.align.config import GROUPED, METHODS, AlignConfig
-from chatyuan.align.experience import critic_values, make_score, reward_scores
+from chatyuan.align.experience import critic_values, make_score
 from chatyuan.align.roles import Critic, Split, init_state
 from chatyuan.align.rollout import RolloutConfig, make_rollout
 from chatyuan.align.targets import make_targets, reward_answers
