@@ -1,5 +1,6 @@
 """What all tests share: fake devices, a compilation cache, strict promotion where it counts."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -23,6 +24,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 STRICT_FOLDERS = ("ops", "kernels", "models")
+# Each compiled program holds memory maps, and Linux ends a process at 65,530 of them (a failed
+# allocation inside the compiler): this many are let go of. The cache on disk makes that cheap.
+MANY_MAPS = 10_000
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +38,13 @@ def strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Lets go of the programs of earlier modules once there are many."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_text(encoding="utf-8").count("\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
