@@ -56,8 +56,8 @@ def _field(help_text: str, unit: str = "", **kwargs: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """What every run of `fit` is told, whatever it learns from."""
+class RunConfig:
+    """What every run of `fit` is told, whatever one of its steps is."""
 
     model_dir: str = _field("folder of the run; starting again in it continues the run")
     vocabulary: str = _field("SentencePiece .model file that the caches were made with")
@@ -72,18 +72,24 @@ class TrainingConfig:
         default_factory=lambda: {"data": -1},
     )
     sharding: ShardingConfig = _field("what copies share", default=ShardingConfig())
-    microbatches: int = _field(
-        "parts that a batch is processed in, to save memory", "microbatches", default=1
-    )
-    seed: int = _field("of the weights and of dropout", default=0)
+    seed: int = _field("of the weights and of everything drawn", default=0)
     init_from: str | None = _field("run or checkpoint whose weights to start from", default=None)
     init_from_ema: bool = _field("start from its moving average", default=False)
-    ema_decay: float | None = _field("moving average of the weights, 0.999 say", default=None)
     eval_split: str | None = _field("split that is evaluated; None = nothing", default="validation")
     eval_batches: int | None = _field(
         "batches of each evaluation, evenly spread; None = all", "batches", default=None
     )
     tensorboard: bool = _field("write MODEL_DIR/tensorboard too", default=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(RunConfig):
+    """What every run is told whose step is one batch, one gradient."""
+
+    microbatches: int = _field(
+        "parts that a batch is processed in, to save memory", "microbatches", default=1
+    )
+    ema_decay: float | None = _field("moving average of the weights, 0.999 say", default=None)
     precompile: bool | str = _field(
         "compile the training step, show what it costs and end; a name such as v5e:2x4: for a TPU "
         "topology that is not attached",
@@ -166,11 +172,11 @@ class Parts:
         return [_samples.render_row(self.vocabulary, batch, row) for row in range(count)]
 
 
-def open_common(config: TrainingConfig, batch_size: int) -> tuple[Vocabulary, jax.sharding.Mesh]:
+def open_common(config: Any, batch_size: int) -> tuple[Vocabulary, jax.sharding.Mesh]:
     """Checks what does not depend on the data; returns the vocabulary and the mesh.
 
     Args:
-        config: the run.
+        config: the run: a RunConfig that also knows `microbatches` and `precompile`.
         batch_size: rows (or groups of rows) of the global batch that are split over the mesh.
 
     Raises:
@@ -292,7 +298,7 @@ def _compile_only(config: TrainingConfig, assemble: Callable[[Any], Parts]) -> N
         predicted = {f"predicted {name}": value for name, value in _costs(parts).items()}
         facts = {**parts.facts(), **program.places.facts(), **predicted}
         if jax.process_index() == 0:
-            _print_facts(facts)
+            print_facts(facts)
         lowered = program.train_step.lower(*_step_arguments(parts, program))
     _precompile.show(lowered, parts.mesh)
 
@@ -411,7 +417,8 @@ def described(mesh: jax.sharding.Mesh) -> str:
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {shape}"
 
 
-def _print_facts(facts: Mapping[str, Any]) -> None:
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Prints derived numbers, one a line."""
     for name, value in facts.items():
         print(f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value}")
 
@@ -494,7 +501,7 @@ def dry_run(config: TrainingConfig, *, assemble: Callable[[Any], Parts] = assemb
     print("Two rows as the model sees them:")
     for text in parts.rendered(2):
         print(text)
-    _print_facts({**parts.facts(), **_costs(parts)})
+    print_facts({**parts.facts(), **_costs(parts)})
 
 
 def _check_lengths(parts: Parts) -> None:
