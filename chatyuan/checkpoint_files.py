@@ -4,6 +4,7 @@ A helper of `chatyuan.checkpoints`, without jax.
 """
 
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -56,6 +57,19 @@ def verified_meta(folder: pathlib.Path, checksums: bool) -> dict[str, Any]:
         if checksums and crc is not None and crc32(path) != crc:
             raise DamagedCheckpoint(f"the bytes of {name} have changed")
     return read_json(folder / META)
+
+
+def identity(folder: str | os.PathLike[str]) -> str:
+    """Returns a hash of what a checkpoint holds: of its inventory with every file's sum.
+
+    Raises:
+      DamagedCheckpoint: it has none.
+    """
+    parts = [pathlib.Path(folder) / name for name in (FILES, META)]
+    try:
+        return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+    except OSError as error:
+        raise DamagedCheckpoint(f"{folder} cannot be read: {error}") from error
 
 
 def crc32(path: pathlib.Path) -> int:

@@ -363,5 +363,33 @@ def accuracy_by_gap(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> No
     temporary.replace(path)
 
 
+def against_reference(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Draws how much more likely answers have become than under the reference, and says if it did.
+
+    Args:
+      path: the picture, replaced at once; its folder is made.
+      rows: of metrics.jsonl, with chosen_fall and rejected_fall, also with eval/ before the name.
+    """
+    figure, axes = _figure("Answers against the reference", "log-prob minus reference (nats)")
+    drawn = False
+    for prefix, label, style in (("", "training", "--"), ("eval/", "held out", "-")):
+        for kind, color in (("chosen", GREEN), ("rejected", RED)):
+            steps, falls = series(rows, f"{prefix}{kind}_fall")
+            if steps:
+                rises = [-fall for fall in falls]
+                axes.plot(steps, rises, style, color=color, marker="o", markersize=3,
+                          linewidth=1.6, label=f"{kind}, {label}")  # fmt: skip
+                drawn = True
+    if not drawn:
+        return False
+    axes.axhline(0.0, color=GREY, linewidth=1)
+    axes.legend(frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.tmp{os.getpid()}{path.suffix}")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(path)
+    return True
+
+
 def _ascii(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()

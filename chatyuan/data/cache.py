@@ -32,6 +32,8 @@ from chatyuan.errors import UserError, did_you_mean
 VERSION = 1
 MANIFEST = "manifest.json"
 EXAMPLES = "examples.jsonl"
+# Features of a cache of preferences: all answers of a row stand one after another in `answers`.
+PREFERENCES = ("inputs", "answers", "answer_lengths", "ranks", "scores")
 _HEADER = 128  # bytes; .npy allows any padding, so the true length can be written at the end
 _BLOCK = 1 << 20  # bytes at each end of a file that are always checked
 _FULL_CHECK = 256 << 20  # bytes; smaller caches are checksummed whole when opened (about 0.1 s)
@@ -99,6 +101,22 @@ class Cache:
         with file.open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)
+
+
+def best_answers(cache: Cache) -> Ragged | None:
+    """The best answer of each row of a cache of preferences, copied; None of another cache."""
+    if not set(PREFERENCES) <= cache.features.keys():
+        return None
+    answers, lengths, ranks = (cache.features[n] for n in ("answers", "answer_lengths", "ranks"))
+    # Of the answers of a row, whose offsets are those of `ranks`, the first of the lowest rank.
+    rows = np.repeat(np.arange(len(ranks)), ranks.lengths)
+    order = np.lexsort((np.arange(len(rows)), ranks.tokens, rows))
+    best = order[ranks.offsets[:-1]]
+    ends = np.cumsum(lengths.tokens, dtype=np.int64)
+    taken = lengths.tokens[best].astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(taken)])
+    places = np.arange(offsets[-1]) + np.repeat(ends[best] - taken - offsets[:-1], taken)
+    return Ragged(answers.tokens[places], offsets)
 
 
 def folder_name(name: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from chatyuan.data import packing, rows, stream
-from chatyuan.data.cache import open_cache, read_mixture
+from chatyuan.data.cache import best_answers, open_cache, read_mixture
 from chatyuan.data.objectives import PAIR, UNLIMITED, Objective
 from chatyuan.data.stream import Source
 from chatyuan.errors import UserError
@@ -68,6 +68,9 @@ class DataConfig:
 def open_sources(config: DataConfig, vocabulary: Vocabulary | None = None) -> list[Source]:
     """Opens the caches of `config.mixture` with their rates.
 
+    A cache of preferences is read as pairs of a prompt and its best answer: what a model is tuned
+    on before preferences are optimised.
+
     Raises:
       UserError: not cached, damaged, empty, or made with another vocabulary.
     """
@@ -80,7 +83,8 @@ def open_sources(config: DataConfig, vocabulary: Vocabulary | None = None) -> li
         if rate <= 0:
             continue
         cache = open_cache(config.cache_dir, task, config.split, vocabulary)
-        if "targets" not in cache.features:
+        targets = cache.features.get("targets", best_answers(cache))
+        if targets is None:
             raise UserError(
                 f"The cache {cache.path} has features {', '.join(cache.features)}; the loader "
                 "needs `targets` (and `inputs` for pairs). Rename them in the task's preprocessors."
@@ -89,7 +93,7 @@ def open_sources(config: DataConfig, vocabulary: Vocabulary | None = None) -> li
         sources.append(
             Source(
                 name=task,
-                targets=cache.features["targets"],
+                targets=targets,
                 inputs=cache.features.get("inputs"),
                 rate=rate,
                 fingerprint=hashlib.sha256(files.encode()).hexdigest()[:16],

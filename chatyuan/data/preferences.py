@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from chatyuan.data.cache import Cache, open_cache, read_mixture
+from chatyuan.data.cache import PREFERENCES, Cache, open_cache, read_mixture
 from chatyuan.data.keyed import name_key, permute
 from chatyuan.data.loader import DataConfig, read_ahead
 from chatyuan.errors import UserError
 from chatyuan.text.preferences import nothing_left
 from chatyuan.text.vocabulary import Vocabulary
-
-COLUMNS = ("inputs", "answers", "answer_lengths", "ranks", "scores")
 
 
 def open_preferences(config: DataConfig, vocabulary: Vocabulary | None = None) -> list[Cache]:
@@ -33,7 +31,7 @@ def open_preferences(config: DataConfig, vocabulary: Vocabulary | None = None) -
         if rate <= 0:
             continue
         cache = open_cache(config.cache_dir, task, config.split, vocabulary)
-        if not set(COLUMNS) <= cache.features.keys():
+        if not set(PREFERENCES) <= cache.features.keys():
             raise UserError(
                 f"The cache {cache.path} holds {', '.join(cache.features)}, not preferences. It "
                 'takes rows like {"prompt": "...", "chosen": "...", "rejected": "..."}.'
@@ -100,23 +98,21 @@ class PreferenceLoader:
         return -(-len(self.kept) // self.config.batch_size)
 
     def _usable(self, cache: Cache, row: int) -> bool:
-        ranks = cache.features["ranks"][row]
-        seen: dict[bytes, int] = {}
-        for answer, rank in zip(self._cut(cache, row), ranks.tolist(), strict=True):
-            seen.setdefault(answer.tobytes(), rank)
+        answers, _, _ = self._answers(cache, row)
         if len(cache.features["inputs"][row]) == 0:
             self.dropped["empty_prompt"] += 1
-        elif len(seen) < len(ranks):
+        elif len({answer.tobytes() for answer in answers}) < len(answers):
             self.dropped["identical_after_truncation"] += 1
         else:
             return True
         return False
 
-    def _cut(self, cache: Cache, row: int) -> list[np.ndarray]:
-        """The answers of a row, cut to leave room for the end token."""
+    def _answers(self, cache: Cache, row: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """The answers of a row, cut to leave room for the end token; their ranks and scores."""
         lengths = cache.features["answer_lengths"][row].astype(np.int64)
         parts = np.split(cache.features["answers"][row], np.cumsum(lengths)[:-1])
-        return [part[: self.config.target_length - 1] for part in parts]
+        cut = [part[: self.config.target_length - 1] for part in parts]
+        return cut, cache.features["ranks"][row], cache.features["scores"][row]
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's prompts of the global batch of `step`."""
@@ -156,13 +152,13 @@ class PreferenceLoader:
         batch["prompts"][place, : len(prompt)] = prompt
         batch["prompts"][place, len(prompt)] = self.eos_id
         batch["prompt_lengths"][place] = len(prompt) + 1
-        for k, answer in enumerate(self._cut(cache, row)):
+        answers, ranks, scores = self._answers(cache, row)
+        for k, answer in enumerate(answers):
             batch["answers"][place, k, : len(answer)] = answer
             batch["answers"][place, k, len(answer)] = self.eos_id
             batch["answer_lengths"][place, k] = len(answer) + 1
-        count = len(cache.features["ranks"][row])
-        batch["ranks"][place, :count] = cache.features["ranks"][row]
-        batch["scores"][place, :count] = cache.features["scores"][row]
+        batch["ranks"][place, : len(ranks)] = ranks
+        batch["scores"][place, : len(scores)] = scores
         batch["rows"][place] = number
 
     def padding(self) -> dict[str, np.ndarray]:

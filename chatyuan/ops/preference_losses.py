@@ -9,8 +9,9 @@ of c; h_c = pi_c - ref_c; h = h_c - h_r; b = beta; sigma the logistic function. 
 All arithmetic is float32, float64 if given.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,18 +40,32 @@ class PairLogProbs(NamedTuple):
     kl: jax.Array | None = None
 
 
-class PreferenceLoss(NamedTuple):
+def _option(default: Any, text: str, unit: str = "") -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "unit": unit})
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceLoss:
     """Which loss, and its coefficients; static. `check` tells which coefficient fits which loss."""
 
-    loss: str = "dpo"
-    beta: float = 0.1  # strength of the pull to the reference; IPO's tau; SimPO uses 2 to 2.5
-    label_smoothing: float = 0.0  # share of labels thought to be flipped; cdpo, robust
-    nll_weight: float = 0.0  # times -pi_c / n_c, added to any loss (RPO, arXiv:2404.19733)
-    dpop_lambda: float = 5.0
-    orpo_lambda: float = 0.1
-    simpo_gamma: float = 0.5  # target margin, in units of reward; the paper's gamma
-    desirable_weight: float = 1.0  # kto
-    undesirable_weight: float = 1.0  # kto
+    loss: str = _option(
+        "dpo", "dpo, cdpo, robust, ipo (per token), ipo_sum, hinge, dpop, kto, orpo or simpo"
+    )
+    beta: float = _option(
+        0.1, "strength of the pull to the reference; IPO's tau; SimPO uses 2 to 2.5"
+    )
+    label_smoothing: float = _option(
+        0.0, "share of labels thought to be flipped; cdpo and robust"
+    )
+    nll_weight: float = _option(
+        0.0, "weight of the chosen answer's loss per token, added to any loss (RPO, "
+        "arXiv:2404.19733): keeps it likely"
+    )  # fmt: skip
+    dpop_lambda: float = _option(5.0, "weight of DPOP's penalty on a fall of the chosen answer")
+    orpo_lambda: float = _option(0.1, "weight of ORPO's odds ratio")
+    simpo_gamma: float = _option(0.5, "SimPO's target margin, in units of reward")
+    desirable_weight: float = _option(1.0, "weight of chosen answers; kto")
+    undesirable_weight: float = _option(1.0, "weight of rejected answers; kto")
 
     def check(self) -> None:
         """Raises UserError for an unknown loss, or a coefficient out of range or without effect."""
@@ -60,8 +75,8 @@ class PreferenceLoss(NamedTuple):
                 + did_you_mean(self.loss, LOSSES)
             )
         known = LOSSES[self.loss]
-        for name, default in self._field_defaults.items():
-            value = getattr(self, name)
+        for field in dataclasses.fields(self):
+            name, default, value = field.name, field.default, getattr(self, field.name)
             owners = [key for key, entry in LOSSES.items() if name in entry.options]
             if name in known.options or not owners or value == default:
                 continue

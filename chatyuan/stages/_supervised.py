@@ -47,7 +47,8 @@ MAY_CHANGE = (
     "model.scan_layers", "model.remat", "model.sequence_parallel", "model.attention_implementation",
     "model.pipeline_microbatches", "model.pipeline_repeats",
     "schedule.train_steps", "data.cache_dir", "data.threads", "data.prefetch", "eval_split",
-    "eval_batches", "sample_decoding", "num_samples", "tensorboard", "precompile",
+    "eval_batches", "sample_decoding", "num_samples", "tensorboard", "precompile", "alarm_nats",
+    "reference_dir",
 )  # fmt: skip
 
 
@@ -130,6 +131,9 @@ class Parts:
     def loss_fn(self) -> LossFn:
         """Returns what `make_train_step` differentiates."""
         return supervised_loss(self.model, self.config.loss, self.mesh)
+
+    def prepare(self) -> None:
+        """Makes what must exist before the first step; every mistake has been looked for."""
 
     def initial_weights(self, abstract: Any) -> Any:
         """Returns the weights a new run starts from, placed as `abstract` says."""
@@ -333,6 +337,7 @@ def run(
     if newest < config.loop.train_steps:
         parts.loader.warm_up(newest)
         train_step.compile_ahead(*_step_arguments(parts, program))
+        parts.prepare()
 
     with Checkpointer(config.model_dir, config.checkpoint) as checkpointer:
         state, resumed = checkpoints.restore_or_init(checkpointer, abstract, fresh)

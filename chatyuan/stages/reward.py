@@ -7,35 +7,29 @@
 """
 
 import dataclasses
-import json
-import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chatyuan import checkpoints, configs, plots, report, sharding
-from chatyuan.align.answers import Answers, reward_scores
+from chatyuan import checkpoints, sharding
+from chatyuan.align.answers import reward_scores
 from chatyuan.data.loader import DataConfig
-from chatyuan.data.preferences import PreferenceLoader
 from chatyuan.errors import UserError, did_you_mean
 from chatyuan.evaluate import preferences
-from chatyuan.metrics import Writer, quantity
-from chatyuan.models import build
-from chatyuan.models.config import flops_per_example
+from chatyuan.metrics import Writer
+from chatyuan.models import Model, build
 from chatyuan.models.loss import LossFn
 from chatyuan.models.reward import BACKBONE, Normalisation, RewardModel
-from chatyuan.ops.platform import target_platform
 from chatyuan.ops.reward_losses import RANKINGS, reward_loss
-from chatyuan.planning import memory
-from chatyuan.stages import _run_folder, _supervised
+from chatyuan.stages import _preferences, _run_folder, _supervised
+from chatyuan.stages._preferences import answers_of
 from chatyuan.train.state import TrainState
 
 TRAINS = True  # takes the flags of several processes and of restarts
 NORMALISATIONS = ("answers", "chosen", "none")
-PAIRS_FILE, PLOT = "pairs.json", "accuracy_by_gap.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,20 +91,18 @@ class Config(_supervised.TrainingConfig):
                 "eval_split = None leaves nothing to measure the normalisation on; name a split, "
                 "or set reward.Config.normalisation = 'none'."
             )
-        for name in ("batch_ramp", "concatenate"):
-            if getattr(self.data, name):
-                raise UserError(f"DataConfig.{name} does not apply to preferences; leave it out.")
+        _preferences.check_data(self.data)
 
 
-def answers_of(batch: Mapping[str, jax.Array]) -> Answers:
-    """Returns the prompts and answers of a batch of `PreferenceLoader`."""
-    return Answers(
-        batch["prompts"], batch["prompt_lengths"], batch["answers"], batch["answer_lengths"]
-    )
-
-
-class Parts(_supervised.Parts):
+class Parts(_preferences.Parts):
     """A reward model, its preferences and its loss."""
+
+    reads_end: ClassVar[bool] = True
+
+    @property
+    def language_model(self) -> Model:
+        """The backbone."""
+        return self.model.backbone
 
     def loss_fn(self) -> LossFn:
         """Returns the loss over prompts, with its metrics as sums and weights."""
@@ -171,99 +163,16 @@ class Parts(_supervised.Parts):
         def evaluate(state: TrainState, step: int) -> Mapping[str, float]:
             if self.evaluation is None:
                 return {}
-            found, gaps = evaluation_figures(self.config, *self._held_out(score, state.params))
-            text = json.dumps({"step": step, "by_gap": gaps}, indent=1) + "\n"
-            _run_folder.write_whole(pathlib.Path(self.config.model_dir) / PAIRS_FILE, text)
+            held_out = self.held_out(score, state.params, "ranks", "answer_lengths")
+            found, gaps = evaluation_figures(self.config, *held_out)
+            _preferences.write_gaps(self.config.model_dir, step, gaps)
             return found
 
         return evaluate
 
-    def _held_out(self, score: Callable[..., Any], params: Any) -> tuple[np.ndarray, ...]:
-        """(scores, ranks, lengths), each [N, K], of the held-out prompts."""
-        columns = []
-        for batch in _supervised.spread(self.evaluation, self.config.eval_batches):
-            scores = np.asarray(score(params, sharding.shard_batch(batch, self.mesh)))
-            real = batch["rows"] >= 0
-            columns.append([scores[real], batch["ranks"][real], batch["answer_lengths"][real]])
-        return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
-
-    def flops_per_step(self, step: int = 0) -> float:
-        """Returns the FLOPs of one optimizer step: each prompt once, each of its answers."""
-        data, model = self.config.data, self.config.model
-        prompts, reads = data.input_length, data.target_length + 1
-        head = 6.0 * model.embed_dim * model.vocab_size
-        if model.architecture == "prefix_lm":
-            length = prompts + reads
-            row = flops_per_example(model, prompts, reads) - head * length
-            return data.batch_size * self.loader.answers * row
-        encoder = flops_per_example(model, prompts, 0)
-        answer = flops_per_example(model, prompts, reads) - encoder - head * reads
-        return data.batch_size * (encoder + self.loader.answers * answer)
-
-    def facts(self) -> dict[str, Any]:
-        """Returns derived numbers, printed once at the start."""
-        data, loader = self.config.data, self.loader
-        left_out = ", ".join(f"{n} {why}" for why, n in sorted(loader.dropped.items())) or "none"
-        return {
-            "parameters": self.model.num_params,
-            "preferences": f"{len(loader.kept):,} prompts of up to {loader.answers} answers; "
-            f"left out: {left_out}",
-            "batch": f"{data.batch_size} prompts x ({data.input_length} + {loader.answers} x "
-            f"{data.target_length}) tokens, {self.config.microbatches} microbatch(es)",
-            "FLOPs per step": quantity(self.flops_per_step()),
-            "steps": self.config.loop.train_steps,
-            "devices": _supervised.described(self.mesh),
-        }
-
-    def predicted(self, state: Any) -> memory.Memory:
-        """As a language model with a row per answer; more than is needed for shared prompts."""
-        backbone = self.model.backbone
-        state = memory.abstract_state(
-            backbone, self.config.optimizer, self.config.ema_decay is not None
-        )
-        data = self.config.data
-        return memory.predict(
-            backbone,
-            state,
-            self.mesh,
-            batch_size=data.batch_size * self.loader.answers,
-            lengths=(data.input_length, data.target_length + 1),
-            platform=target_platform(),
-            strategy=self.config.sharding,
-            microbatches=self.config.microbatches,
-        )[0]
-
     def meta(self) -> dict[str, Any]:
         """Returns what every checkpoint says about its run."""
         return {**super().meta(), "kind": _run_folder.REWARD_MODEL}
-
-    def report(self, title: str, step: int) -> None:
-        """Writes report.md with the accuracy by gap."""
-        folder = pathlib.Path(self.config.model_dir)
-        rows = [
-            {"source": str(cache.path), "prompts": len(cache.features["ranks"].lengths)}
-            for cache in self.loader.caches
-        ]
-        report.write_report(
-            folder,
-            title=title,
-            config_text=(folder / configs.GIN_NAME).read_text(encoding="utf-8"),
-            data_table=rows,
-            facts=self.facts(),
-            sections=_gap_sections(folder),
-        )
-
-    def rendered(self, count: int) -> list[str]:
-        """Returns the first prompts of the first batch, their answers with ranks."""
-        batch, decode = self.loader.batch(0), self.vocabulary.decode
-        texts = []
-        for p in range(min(count, len(batch["prompts"]))):
-            lines = [f"prompt: {decode(batch['prompts'][p][: batch['prompt_lengths'][p] - 1])}"]
-            for k in np.flatnonzero(batch["answer_lengths"][p]):
-                tokens = batch["answers"][p, k][: batch["answer_lengths"][p, k] - 1]
-                lines.append(f"  rank {batch['ranks'][p, k]}: {decode(tokens)}")
-            texts.append("\n".join(lines))
-        return texts
 
 
 def evaluation_figures(
@@ -276,17 +185,8 @@ def evaluation_figures(
       scores_NK, ranks_NK, lengths_NK: see `chatyuan.evaluate.preferences.pairs_of`.
     """
     pairs = preferences.pairs_of(scores_NK, ranks_NK, lengths_NK)
-    count, right = len(pairs.gap), preferences.accuracy(pairs.gap)
-    low, high = preferences.wilson(right * count, count)
-    figures = {
-        "eval/loss": float(np.mean(np.logaddexp(0.0, -pairs.gap))),
-        "eval/accuracy": right,
-        "eval/accuracy_low": low,
-        "eval/accuracy_high": high,
-        "eval/pairs": float(count),
-        "eval/calibration_error": preferences.calibration_error(pairs.gap),
-        "eval/length_accuracy": preferences.length_accuracy(pairs.length_gap),
-    }
+    loss = float(np.mean(np.logaddexp(0.0, -pairs.gap)))
+    figures = {"eval/loss": loss, **_preferences.pair_figures(pairs)}
     if config.normalisation != "none":
         chosen = lengths_NK > 0
         if config.normalisation == "chosen":
@@ -296,46 +196,13 @@ def evaluation_figures(
     return figures, preferences.by_gap(pairs.gap)
 
 
-def _gap_sections(folder: pathlib.Path) -> list[report.Section]:
-    """The table and the picture of the newest evaluation; nothing before the first."""
-    path = folder / PAIRS_FILE
-    if not path.exists():
-        return []
-    rows = json.loads(path.read_text(encoding="utf-8"))["by_gap"]
-    plots.accuracy_by_gap(folder / plots.PLOTS / PLOT, rows)
-    text = (
-        f"![accuracy by gap]({plots.PLOTS}/{PLOT})\n\nHeld-out pairs by the distance of their two "
-        "scores, equally many in each row; low and high bound the 95% interval of Wilson."
-    )
-    shown = [
-        {name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()}
-        for row in rows
-    ]
-    return [report.Section("Accuracy by gap of scores", text=text, table=shown)]
-
-
 def assemble(config: Config) -> Parts:
     """Opens and checks everything. Writes nothing, allocates no parameters.
 
     Raises:
         UserError: anything that would stop the run later.
     """
-    if jax.process_count() > 1:
-        raise UserError("reward runs in one process, on any number of its devices.")
-    vocabulary, mesh = _supervised.open_common(config, config.data.batch_size)
-    split = [axis for axis in ("sequence", "stage") if mesh.shape[axis] > 1]
-    if split:
-        raise UserError(
-            f"MESH splits {' and '.join(split)}, which reward cannot; use data, fsdp and tensor."
-        )
-    if config.model.sequence_parallel:
-        raise UserError("ModelConfig.sequence_parallel does not apply to reward; set it to False.")
-    loader = PreferenceLoader(config.data, vocabulary)
-    evaluation = None
-    if config.eval_split is not None:
-        _supervised.check_eval_split(config)
-        held_out = dataclasses.replace(config.data, split=config.eval_split)
-        evaluation = PreferenceLoader(held_out, vocabulary, shuffle=False)
+    vocabulary, mesh, loader, evaluation = _preferences.open_data(config)
     return Parts(config, vocabulary, RewardModel(config.model), mesh, loader, evaluation)
 
 

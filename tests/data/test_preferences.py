@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from chatyuan.data.loader import DataConfig, open_sources
+from chatyuan.data.pairs import PairLoader
 from chatyuan.data.preferences import PreferenceLoader
 from chatyuan.data.seqio_build import build_cache
 from chatyuan.errors import UserError
@@ -138,9 +139,54 @@ def test_answers_that_are_the_same_once_cut_are_left_out(tmp_path, vocabulary):
 def test_files_of_nothing_usable_and_caches_of_another_kind_are_refused(tmp_path, vocabulary):
     with pytest.raises(UserError, match="identical_answers"):
         cached(tmp_path, vocabulary, [BAD[1]])
-    config, _ = cached(tmp_path, vocabulary, PAIRS)
-    with pytest.raises(UserError, match="needs `targets`"):
-        open_sources(config, vocabulary)
     config, _ = cached(tmp_path, vocabulary, [{"input": "a", "target": "b"}])
     with pytest.raises(UserError, match="not preferences"):
         PreferenceLoader(config, vocabulary)
+
+
+def test_a_model_is_tuned_on_the_best_answers(tmp_path, vocabulary):
+    given = [*RANKED, *PAIRS]
+    config, _ = cached(tmp_path, vocabulary, given)
+    (source,) = open_sources(config, vocabulary)
+    kept = [row for row in map(preference_of, given)]
+    wanted = {row["inputs"]: row["answers"][int(np.argmin(row["ranks"]))] for row in kept}
+    got = {
+        vocabulary.decode(source.inputs[row]): vocabulary.decode(source.targets[row])
+        for row in range(len(source.targets))
+    }
+    assert len(got) == len(source.targets) and got.items() <= wanted.items()
+
+
+def test_pairs_are_of_the_best_and_the_worst_answer(tmp_path, vocabulary):
+    config, _ = cached(tmp_path, vocabulary, [*RANKED, *PAIRS])
+    loader = PairLoader(config, vocabulary, shuffle=False)
+    texts = {row["inputs"]: row for row in map(preference_of, [*RANKED, *PAIRS])}
+    for index in range(len(loader)):
+        batch = loader.batch(index)
+        assert batch["answers"].shape[1] == loader.columns == 2
+        for p in np.flatnonzero(batch["rows"] >= 0):
+            row = texts[vocabulary.decode(batch["prompts"][p][: batch["prompt_lengths"][p] - 1])]
+            for k, place in enumerate((np.argmin(row["ranks"]), np.argmax(row["ranks"]))):
+                answer = batch["answers"][p, k][: batch["answer_lengths"][p, k] - 1]
+                wanted = vocabulary.encode(row["answers"][place])[: config.target_length - 1]
+                assert answer.tolist() == wanted
+    assert PairLoader(config, vocabulary, pairs="all").columns == 4
+    with pytest.raises(UserError, match="best_worst"):
+        PairLoader(config, vocabulary, pairs="best_wurst")
+
+
+def test_the_answer_of_another_prompt_is_the_next_rows(tmp_path, vocabulary):
+    config, _ = cached(tmp_path, vocabulary, PAIRS)
+    loader = PairLoader(config, vocabulary, foreign=True)
+    loader.reference = np.arange(3.0 * len(loader.kept), dtype=np.float32).reshape(-1, 3)
+    batch = loader.batch(0)
+    cache = loader.caches[0]
+    for p, number in enumerate(batch["rows"]):
+        row = int(loader.kept[number][1])
+        other = cache.features["answers"][(row + 1) % len(cache)].tolist()
+        length = batch["answer_lengths"][p, 2] - 1
+        assert batch["answers"][p, 2, :length].tolist() == other[:length] and length > 0
+        np.testing.assert_array_equal(batch["reference"][p], loader.reference[number])
+    config, _ = cached(tmp_path, vocabulary, PAIRS[:1])
+    with pytest.raises(UserError, match="one row only"):
+        PairLoader(config, vocabulary, foreign=True)

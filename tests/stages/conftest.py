@@ -28,6 +28,13 @@ def shop(sources: Workshop) -> Workshop:
 
 
 @pytest.fixture(scope="session")
+def preferred(sources: Workshop) -> Workshop:
+    """And the cache of preferences."""
+    assert sources.run("cache", MIXTURE=sources.preferences) == 0
+    return sources
+
+
+@pytest.fixture(scope="session")
 def pretrained(shop: Workshop) -> pathlib.Path:
     """A finished run of pretraining."""
     folder = shop.root / "pretrained"

@@ -6,7 +6,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from workshop import BLAME, PLACES, PRAISE, RECIPE, TIMES, arrays, rows, untimed, write_lines
+from workshop import (
+    RECIPE,
+    arrays,
+    held_out_preferences,
+    preferences,
+    rows,
+    untimed,
+    write_lines,
+)
 
 from chatyuan import checkpoints
 from chatyuan.errors import UserError
@@ -18,35 +26,15 @@ STEPS = {"TRAIN_STEPS": 40, "EVAL_PERIOD": 20, "CHECKPOINT_PERIOD": 20, "LOG_PER
          "DROPOUT_RATE": 0.1}  # fmt: skip
 
 
-def preferences():
-    """Praise is chosen over blame."""
-    return [
-        {"prompt": f"{time}，{place}怎么样？", "chosen": good, "rejected": bad}
-        for time in TIMES
-        for place in PLACES
-        for good, bad in zip(PRAISE, BLAME, strict=True)
-    ]
-
-
-def held_out():
-    """Combinations that are never trained on; their words are."""
-    return preferences()[::7]
-
-
 @pytest.fixture(scope="module")
-def world(sources, pretrained):
+def world(preferred, pretrained):
     """(workshop, command line of a reward run)."""
-    folder = sources.root / "preferences"
-    given = preferences()
-    write_lines(folder / "train.jsonl", [row for row in given if row not in held_out()])
-    write_lines(folder / "validation.jsonl", held_out())
+    sources = preferred
     recipe = [line for line in RECIPE.splitlines() if "decod" not in line or "layers" in line]
     write_lines(sources.root / "reward.gin", recipe)
-    mixture = f"file:{folder}"
-    assert sources.run("cache", MIXTURE=mixture) == 0
 
     def reward(name, *more, **settings):
-        defaults = {"MIXTURE": mixture, "INIT_FROM": pretrained, **STEPS, **settings}
+        defaults = {"MIXTURE": sources.preferences, "INIT_FROM": pretrained, **STEPS, **settings}
         file = f"--gin_file={sources.root / 'reward.gin'}"
         return sources.run("reward", file, *more, MODEL_DIR=sources.root / name, **defaults)
 
@@ -64,7 +52,7 @@ def test_it_learns_what_is_preferred_and_reports_it(trained):
     found = [row for row in rows(trained / "metrics.jsonl") if "eval/accuracy" in row]
     assert [row["step"] for row in found] == [20, 40]
     assert found[-1]["eval/accuracy"] >= 0.95 and found[-1]["eval/loss"] < 0.3
-    assert found[-1]["eval/pairs"] == len(held_out())
+    assert found[-1]["eval/pairs"] == len(held_out_preferences())
     assert found[-1]["eval/accuracy_low"] < found[-1]["eval/accuracy"]
     table = json.loads((trained / "pairs.json").read_text(encoding="utf-8"))
     assert table["step"] == 40

@@ -96,9 +96,15 @@ class Workshop:
         """The mixture of eight questions, the same in every split."""
         return f"file:{self.root / 'pairs'}"
 
+    @property
+    def preferences(self) -> str:
+        """The mixture of preferences."""
+        return f"file:{self.root / 'preferences'}"
+
     def words(self, stage: str, **settings: object) -> list[str]:
         """A command line; settings override what the stage gets from the recipe."""
-        recipe = {"tokenizer": "vocabulary.gin", "pretrain": "tiny.gin", "sft": "tiny.gin"}
+        recipe = {"tokenizer": "vocabulary.gin", "pretrain": "tiny.gin", "sft": "tiny.gin",
+                  "dpo": "tiny.gin"}  # fmt: skip
         given: dict[str, object] = {"VOCABULARY": self.vocabulary, "CACHE_DIR": self.cache}
         if stage in ("evaluate", "infer"):
             given.pop("VOCABULARY")
@@ -155,6 +161,21 @@ def reviews() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def preferences() -> list[dict[str, str]]:
+    """Praise is chosen over blame."""
+    return [
+        {"prompt": f"{time}，{place}怎么样？", "chosen": good, "rejected": bad}
+        for time in TIMES
+        for place in PLACES
+        for good, bad in zip(PRAISE, BLAME, strict=True)
+    ]
+
+
+def held_out_preferences() -> list[dict[str, str]]:
+    """Combinations that are never trained on; their words are."""
+    return preferences()[::7]
+
+
 def write_lines(path: pathlib.Path, rows: list[Any]) -> pathlib.Path:
     """Writes text, or objects as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,6 +200,10 @@ def furnish(root: pathlib.Path) -> Workshop:
     pairs = [{"input": a, "target": b} for a, b in PAIRS.items()]
     for split in ("train", "validation", "test"):
         write_lines(root / "pairs" / f"{split}.jsonl", pairs)
+    held_out = held_out_preferences()
+    write_lines(root / "preferences" / "validation.jsonl", held_out)
+    learned = [row for row in preferences() if row not in held_out]
+    write_lines(root / "preferences" / "train.jsonl", learned)
     (root / "tiny.gin").write_text(RECIPE, encoding="utf-8")
     (root / "vocabulary.gin").write_text(VOCABULARY, encoding="utf-8")
     return Workshop(root)
