@@ -98,7 +98,8 @@ def open_reference(config: Any) -> Reference:
 def read(file: pathlib.Path, about: str, shape: tuple[int, int]) -> np.ndarray | None:
     """Returns the log-probs, float32 `[rows, C]`; None: not computed yet, or a damaged file."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        # Opened here: of a damaged file np.load would leave its own handle open.
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             values = stored["log_probs"]
             fits = str(stored["about"]) == about and values.shape == shape
     except FileNotFoundError:
