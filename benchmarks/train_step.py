@@ -115,6 +115,8 @@ class System:
     description: str
     # Compiled FLOPs over counted ones; a function, because it compiles and takes memory itself.
     flops_ratio: Callable[[], float] | None = None
+    # What the next step starts from, as a checkpoint holds it.
+    state: Callable[[], Any] | None = None
 
 
 def stub_unpublished_modules() -> None:
@@ -399,7 +401,8 @@ def make_ours(
         loss = supervised_loss(whole, LossConfig(z_loss=Z_LOSS))
         return compiled_flops(loss, whole, rows) / counted_flops(config, batch)
 
-    return System(step, common.versions("jax", "flax", "optax"), flops_ratio)
+    versions = common.versions("jax", "flax", "optax")
+    return System(step, versions, flops_ratio, state=lambda: box[0])
 
 
 def counted_flops(config: Any, batch: dict[str, np.ndarray]) -> float:
