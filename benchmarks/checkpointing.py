@@ -24,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 import common
 import numpy as np
@@ -31,10 +32,8 @@ import train_step
 
 STEPS = 10  # of a block
 KINDS = ("none", "background", "waited for")
-PERIODS = (10, 100)
-# Of the run's time, in percent.
-BLOCKED_GOAL = 2.0
-COST_GOALS = {10: 10.0, 100: 1.0}
+PERIODS = (10, 100)  # steps from save to save
+GOALS = {10: {"blocked": 2.0, "cost": 10.0}, 100: {"cost": 1.0}}  # percent of the run's time
 COLUMNS = (
     "date", "device", "versions", "commit", "shape", "state MiB", "save", "period", "step",
     "blocked a save", "cost a save", "blocked %", "cost %", "goal %",
@@ -50,7 +49,7 @@ class Block:
     cpu_seconds: float
 
 
-def run_block(system: train_step.System, checkpointer, number: int, kind: str) -> Block:
+def run_block(system: train_step.System, checkpointer: Any, number: int, kind: str) -> Block:
     """Saves as `kind` says, takes ten steps and waits until the save is complete."""
     begin, cpu = time.perf_counter(), time.process_time()
     blocked = 0.0
@@ -87,11 +86,6 @@ def measure(system: train_step.System, folder: str, runs: int) -> dict[str, list
                     flush=True,
                 )
     return blocks
-
-
-def spread(values: list[float]) -> str:
-    """`median s (min-max)`; differences may be negative where the machine is busy."""
-    return f"{statistics.median(values):.3f} s ({min(values):.3f}-{max(values):.3f})"
 
 
 def summarise(blocks: dict[str, list[Block]]) -> tuple[common.Timing, dict[str, dict]]:
@@ -138,32 +132,23 @@ def main() -> int:
     print(f"step without saves: {step}")
     checks, rows = [], []
     for kind, save in saves.items():
-        print(
-            f"{kind}: blocked {spread(save['blocked'])}, cost {spread(save['cost'])}, "
-            f"CPU {spread(save['cpu'])}"
-        )
+        texts = {name: common.spread(values) for name, values in save.items()}
+        print(f"{kind}: " + ", ".join(f"{name} {text}" for name, text in texts.items()))
         for period in PERIODS:
             share = {
                 name: 100 * statistics.median(save[name]) / (period * step.median)
                 for name in ("blocked", "cost")
             }
-            goal = "-"
-            if kind == "background":
-                goal = f"cost <= {COST_GOALS[period]:g}"
-                checks.append(
-                    common.Check(f"cost every {period} steps", share["cost"], COST_GOALS[period],
-                                 at_most=True, unit=" %")
-                )  # fmt: skip
-                if period == PERIODS[0]:
-                    goal = f"blocked <= {BLOCKED_GOAL:g}, {goal}"
-                    checks.append(
-                        common.Check(f"blocked every {period} steps", share["blocked"],
-                                     BLOCKED_GOAL, at_most=True, unit=" %")
-                    )  # fmt: skip
+            goals = GOALS[period] if kind == "background" else {}
+            checks += [
+                common.Check(f"{name} every {period} steps", share[name], goal, at_most=True,
+                             unit=" %")
+                for name, goal in goals.items()
+            ]  # fmt: skip
             rows.append([
                 common.today(), device, names, common.commit(), arguments.shape, f"{size:.0f}",
-                kind, period, str(step), spread(save["blocked"]), spread(save["cost"]),
-                f"{share['blocked']:.2f}", f"{share['cost']:.2f}", goal,
+                kind, period, str(step), texts["blocked"], texts["cost"], f"{share['blocked']:.2f}",
+                f"{share['cost']:.2f}", ", ".join(f"{n} <= {g:g}" for n, g in goals.items()) or "-",
             ])  # fmt: skip
     if not arguments.no_record:
         common.append_rows("Checkpoints", COLUMNS, rows)

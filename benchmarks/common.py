@@ -53,7 +53,12 @@ class Timing:
 
     def __str__(self) -> str:
         """`median s (min-max)`, as the results table shows it."""
-        return f"{self.median:.3f} s ({min(self.seconds):.3f}-{max(self.seconds):.3f})"
+        return spread(self.seconds)
+
+
+def spread(values: Sequence[float]) -> str:
+    """`median s (min-max)` of any number of seconds, which may be negative where they differ."""
+    return f"{statistics.median(values):.3f} s ({min(values):.3f}-{max(values):.3f})"
 
 
 def peak_rss_mib() -> float:
