@@ -1,7 +1,8 @@
 """`--restart_on_failure=N`: a parent process that starts the run again when it dies.
 
-1. The parent imports everything once and forks a child for each attempt, so that starting again
-   costs no imports. It never starts JAX: there is one thread to fork.
+1. The parent imports everything once, what a stage leaves for later too, and forks a child for each
+   attempt, so that starting again costs no imports. It never starts JAX: it forks one thread, and
+   those of OpenBLAS, which end before a fork and begin again when needed.
 2. Not started again: a run that is done or was asked to stop (status 0, 130) and a mistake in the
    command (2), which would be the same mistake again.
 3. N counts failures in a row without a newer checkpoint. The first attempt after a failure starts
@@ -10,7 +11,10 @@
 5. The parent's status is that of the last child, 128 + N for one that signal N has killed.
 """
 
+import contextlib
 import ctypes
+import gc
+import importlib
 import os
 import pathlib
 import signal
@@ -28,6 +32,8 @@ FLAGS = {
 FINAL = (0, 2, 130)  # statuses after which there is nothing to try again
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LONGEST_WAIT = 60.0  # seconds
+# Imported by stages and their libraries (scipy: by numba) where they are needed.
+_LATER = ("grain", "orbax.checkpoint", "scipy.linalg")
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
@@ -49,12 +55,21 @@ def supervise(flags: Mapping[str, str | None], config: Any) -> int | None:
     text = flags["restart_on_failure"] or ""
     if not text.isdecimal():
         raise UserError(f"--restart_on_failure={text} should be a whole number, such as 3.")
+    _import_later()
     return _Parent(int(text), lambda: newest_step(config.model_dir)).run()
 
 
 def newest_step(model_dir: str) -> int:
     """Returns the newest committed checkpoint of a run, -1 if there is none."""
     return max(committed_steps(pathlib.Path(model_dir) / FOLDER), default=-1)
+
+
+def _import_later() -> None:
+    """Imports what every attempt will need; what is missing is told by the stage that needs it."""
+    for name in _LATER:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.freeze()  # a collection in a child would copy the pages that it shares with this process
 
 
 class _Parent:
