@@ -52,7 +52,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["chatyuan", "chatyuan.*", "tasks", "tasks.*"]),
-    package_data={"chatyuan": ["**/*.html", "**/*.json", "**/*.txt"]},
+    package_data={"chatyuan": ["**/*.html", "**/*.css", "**/*.js", "**/*.json", "**/*.txt"]},
     install_requires=CORE,
     extras_require={
         "data": DATA,

@@ -93,6 +93,13 @@ def sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Replaces a file, which never exists half-written under its name."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the JSON object in a file. Raises DamagedCheckpoint."""
     try:

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     **{room: LOWEST | MIDDLE | UPPER | RECORDS for room in UPPER},
     "train": LOWEST | RECORDS | AGREEING,  # it receives its loss as a function and names no model
     "cleaning": {"text"},
-    "stages": LOWEST | MIDDLE | UPPER | RECORDS | AGREEING | {"configs"},
+    "ranking": {"text"} | RECORDS,
+    "stages": LOWEST | MIDDLE | UPPER | {"ranking"} | RECORDS | AGREEING | {"configs"},
     "sharding": set(),
     "distributed": set(),
     "checkpoints": AGREEING,
@@ -202,6 +203,11 @@ def test_text_cleaning_and_reading_need_no_jax():
 def test_the_command_line_and_the_records_start_without_jax():
     names = ["chatyuan.main", "chatyuan.configs", "chatyuan.errors", "chatyuan.metrics"]
     assert not reaching([*names, "chatyuan.report"], {"jax", "jaxlib", "flax", "optax"})
+
+
+def test_ranking_serves_without_jax():
+    names = [name for name in modules("chatyuan") if room(name) == "ranking"]
+    assert not reaching([*names, "chatyuan.stages.rank"], {"jax", "jaxlib", "flax", "optax"})
 
 
 def test_stages_that_read_a_cache_start_without_tensorflow():

@@ -7,6 +7,7 @@ import shutil
 from typing import Any
 
 from chatyuan import checkpoints
+from chatyuan.checkpoint_files import write_whole as write_whole  # for the stages
 from chatyuan.configs import from_json
 from chatyuan.errors import UserError
 from chatyuan.models.config import ModelConfig
@@ -24,13 +25,6 @@ def keep_vocabulary(vocabulary: Vocabulary, model_dir: str | os.PathLike[str]) -
         temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
         shutil.copyfile(vocabulary.path, temporary)
         temporary.replace(target)
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Replaces a file, which never exists half-written under its name."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def model_meta(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -195,8 +195,8 @@ def read_examples(path: str | os.PathLike[str], skipped: Skipped) -> Iterator[di
 def read_prompts(path: str | os.PathLike[str], skipped: Skipped) -> Iterator[dict[str, Any]]:
     """Prompts of one file as rows with "inputs": a line of text each, or a json object each.
 
-    Objects keep their other fields; the prompt is "instruction" with "input", or the first of
-    `PROMPT_KEYS` that is there.
+    Objects keep their other fields; the prompt is "inputs", "instruction" with "input", or the
+    first of `PROMPT_KEYS` that is there.
     """
     path = pathlib.Path(path)
     suffix = kind(path)
@@ -204,9 +204,10 @@ def read_prompts(path: str | os.PathLike[str], skipped: Skipped) -> Iterator[dic
         yield from ({"inputs": line} for line in read_lines(path, skipped))
         return
     for row in _parquet(path) if suffix == ".parquet" else _objects(path, skipped):
-        names = ("instruction", "input") if "instruction" in row else PROMPT_KEYS
+        joined = "instruction" in row and not _string(row.get("inputs"))
+        names = ("instruction", "input") if joined else PROMPT_KEYS
         parts = [text for name in names if (text := _string(row.get(name)))]
-        prompt = "\n".join(parts) if "instruction" in row else next(iter(parts), "")
+        prompt = "\n".join(parts) if joined else next(iter(parts), "")
         if prompt.strip():
             yield {**row, "inputs": prompt}
         else:

@@ -1,0 +1,1 @@
+"""Collecting preferences: people order drafted answers on a local page. No jax."""
