@@ -72,7 +72,7 @@ export const WORDS = {
     k_prompt: "聚焦到提示",
     k_language: "切换语言",
     k_help: "帮助",
-    help_note: "也可以用鼠标拖动左侧的字母：放在两个回答之间是排序，放在回答中间是并列。每条保存后立即写入磁盘。",
+    help_note: "也可以用鼠标拖动左侧的字母：放在两个回答之间是排序，放在回答中间是并列。长回答选中后完整显示。每条保存后立即写入磁盘。",
   },
   en: {
     lang: "en",
@@ -145,7 +145,7 @@ export const WORDS = {
     k_prompt: "focus the prompt",
     k_language: "switch language",
     k_help: "help",
-    help_note: "Or drag an answer by its letter: between two answers orders it, onto an answer ties it. Each one is on the disk as soon as it is saved.",
+    help_note: "Or drag an answer by its letter: between two answers orders it, onto an answer ties it. A long answer is shown whole while it is selected. Each one is on the disk as soon as it is saved.",
   },
 };
 

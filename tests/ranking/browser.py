@@ -9,6 +9,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -32,10 +33,13 @@ class Browser:
             *("--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={profile}"),
             *("--disable-background-networking", "--disable-component-update", "--lang=en-US"),
         ]
-        # The protocol's ends are descriptors 3 and 4 of the browser.
-        script = f'exec "$0" "$@" 3<&{read} 4>&{write}'
+        # The protocol's ends are descriptors 3 and 4 of the browser; dash cannot name those above 9.
+        script = (
+            f"import fcntl, os, sys; pipe = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in "
+            f"({read}, {write})]; os.dup2(pipe[0], 3); os.dup2(pipe[1], 4); os.execv(sys.argv[1], sys.argv[1:])"
+        )
         self._process = subprocess.Popen(
-            ["sh", "-c", script, path, *options, "about:blank"],
+            [sys.executable, "-S", "-c", script, path, *options, "about:blank"],
             pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(read)
@@ -135,6 +139,7 @@ class Browser:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def close(self):
+        """Ends the browser."""
         self._process.terminate()
         self._process.wait(TIMEOUT)
         os.close(self._read)
