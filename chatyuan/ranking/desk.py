@@ -84,7 +84,7 @@ class Desk:
     def save(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Saves {"annotator", "item", "ranks" or "skipped", "category", "seconds"}.
 
-        `ranks` are those of the answers in the order shown: 1..K, smaller is better, equal is a tie.
+        `ranks`: of the answers in the order shown, 1..K, smaller is better, equal is a tie.
 
         Returns:
             What `next` returns.

@@ -30,7 +30,8 @@ CALLS = ("start", "next", "previous", "save")
 MAX_BODY = 64 * 1024  # bytes; the longest request is a name, a category and K numbers
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -102,7 +103,7 @@ def _unbound(host: str, port: int, error: OSError) -> str:
             "(0 = any that is free)."
         )
     if error.errno == errno.EACCES:
-        return f"Port {port} may not be used ({error.strerror}); take one above 1023: rank.Config.port."
+        return f"rank.Config.port = {port}: {error.strerror}; take one above 1023."
     return f"rank.Config.host = {host} cannot be listened on: {error.strerror or error}."
 
 

@@ -33,10 +33,11 @@ class Browser:
             *("--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={profile}"),
             *("--disable-background-networking", "--disable-component-update", "--lang=en-US"),
         ]
-        # The protocol's ends are descriptors 3 and 4 of the browser; dash cannot name those above 9.
+        # The protocol's ends are descriptors 3 and 4 of the browser.
         script = (
-            f"import fcntl, os, sys; pipe = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in "
-            f"({read}, {write})]; os.dup2(pipe[0], 3); os.dup2(pipe[1], 4); os.execv(sys.argv[1], sys.argv[1:])"
+            "import fcntl, os, sys; "
+            f"ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in ({read}, {write})]; "
+            "os.dup2(ends[0], 3); os.dup2(ends[1], 4); os.execv(sys.argv[1], sys.argv[1:])"
         )
         self._process = subprocess.Popen(
             [sys.executable, "-S", "-c", script, path, *options, "about:blank"],

@@ -114,10 +114,11 @@ def test_what_is_ranked_is_saved_resumed_and_read_by_reward(sources, drafts):
     batch = PreferenceLoader(config, vocabulary).batch(0)
     assert batch["answers"].shape[:2] == (COUNT, 3)
     for row in np.flatnonzero(batch["rows"] >= 0):
-        by_rank = {
-            rank: vocabulary.decode([int(t) for t in tokens if t not in (0, 1)])
-            for rank, tokens in zip(batch["ranks"][row].tolist(), batch["answers"][row], strict=True)
-        }
+        answers = [
+            vocabulary.decode([token for token in tokens if token > 1])
+            for tokens in batch["answers"][row].tolist()
+        ]
+        by_rank = dict(zip(batch["ranks"][row].tolist(), answers, strict=True))
         assert by_rank[0] in PRAISE and by_rank[1] == "还行" and by_rank[2] in BLAME
 
 
