@@ -231,9 +231,10 @@ def _applied(
         step=step,
         gradient_scale=jnp.ones((), jnp.float32),
         gradient_norm=norm,
+        accept=go,
     )
-    new = (optax.apply_updates(params, updates), new_state)
-    return jax.tree.map(lambda a, b: jnp.where(go, a, b), new, (params, opt_state))
+    new = optax.apply_updates(params, updates)
+    return jax.tree.map(lambda a, b: jnp.where(go, a, b), new, params), new_state
 
 
 def minibatch_gradients(

@@ -153,9 +153,10 @@ class Optimizer(NamedTuple):
     """An `optax.GradientTransformation` that carries its learning rate.
 
     init: params -> state.
-    update: (gradients, state, params, *, step, gradient_scale=1.0, gradient_norm=None) ->
-      (updates to add to params, state). It acts on gradients * gradient_scale (taking the scalar
-      apart saves a pass over them), whose global norm may be given where it is known.
+    update: (gradients, state, params, *, step, gradient_scale=1.0, gradient_norm=None,
+      accept=True) -> (updates to add to params, state). It acts on gradients * gradient_scale
+      (taking the scalar apart saves a pass over them), whose global norm may be given where it is
+      known. Where `accept` is false the state is the old one, and the updates mean nothing.
     schedule: step -> learning rate, the one that `update` applies.
     """
 
@@ -271,7 +272,7 @@ def with_schedule(
       decay_mask: a tree of bools; None = every parameter decays.
     """
     return _with_schedule(
-        _scale_first(transformation),
+        _scale_first(_keeping(transformation)),
         schedule,
         clip_norm=clip_norm,
         weight_decay=weight_decay,
@@ -305,12 +306,15 @@ def _with_schedule(
         step: jax.typing.ArrayLike,
         gradient_scale: jax.typing.ArrayLike = 1.0,
         gradient_norm: jax.Array | None = None,
+        accept: jax.typing.ArrayLike = True,
     ) -> tuple[Tree, Tree]:
         if clip_norm is not None:
             if gradient_norm is None:
                 gradient_norm = global_norm(gradients) * gradient_scale
             gradient_scale = gradient_scale * jnp.minimum(1.0, clip_norm / gradient_norm)
-        directions, state = core.update(gradients, state, params, gradient_scale=gradient_scale)
+        directions, state = core.update(
+            gradients, state, params, gradient_scale=gradient_scale, accept=accept
+        )
         rate = schedule(step)
         decay_rate = weight_decay * rate**weight_decay_lr_exponent
         mask = decay_mask
@@ -328,22 +332,81 @@ def _with_schedule(
 
 
 def _scale_first(
-    transformation: optax.GradientTransformation,
+    transformation: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies the gradient by `gradient_scale`, which XLA fuses into elementwise optimizers."""
 
     def update(
-        gradients: Tree, state: Tree, params: Tree, *, gradient_scale: jax.typing.ArrayLike
+        gradients: Tree,
+        state: Tree,
+        params: Tree,
+        *,
+        gradient_scale: jax.typing.ArrayLike,
+        accept: jax.typing.ArrayLike,
     ) -> tuple[Tree, Tree]:
         gradients = jax.tree.map(lambda gradient: gradient * gradient_scale, gradients)
-        return transformation.update(gradients, state, params)
+        return transformation.update(gradients, state, params, accept=accept)
 
     return optax.GradientTransformationExtraArgs(transformation.init, update)
 
 
+def _keeping(
+    transformation: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Any transformation, whose state stays as it was where a step is not accepted."""
+
+    def update(
+        gradients: Tree,
+        state: Tree,
+        params: Tree | None = None,
+        *,
+        accept: jax.typing.ArrayLike = True,
+        **_: Any,
+    ) -> tuple[Tree, Tree]:
+        directions, new = transformation.update(gradients, state, params)
+        return directions, _accepted(accept, new, state)
+
+    return optax.GradientTransformationExtraArgs(transformation.init, update)
+
+
+def _accepted(accept: jax.typing.ArrayLike, new: Tree, old: Tree) -> Tree:
+    if accept is True:
+        return new
+    return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` whose state stays as it was where a step is not accepted.
+
+    The direction is made of the moments that are stored: so XLA writes them in place. Of two
+    moments that are stored or not, by `accept`, and a direction of the new ones it makes three
+    loops that each read the old moments, and copies both of these before each step.
+    """
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+    def update(
+        gradients: Tree,
+        state: optax.ScaleByAdamState,
+        params: Tree | None = None,
+        *,
+        accept: jax.typing.ArrayLike = True,
+        **_: Any,
+    ) -> tuple[Tree, optax.ScaleByAdamState]:
+        _, moved = adam.update(gradients, state, params)
+        kept = _accepted(accept, moved, state)
+        means = optax.tree.bias_correction(kept.mu, config.b1, moved.count)
+        squares = optax.tree.bias_correction(kept.nu, config.b2, moved.count)
+        directions = jax.tree.map(
+            lambda mean, square: mean / (jnp.sqrt(square) + config.eps), means, squares
+        )
+        return directions, kept
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
 def _adamw(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransformationExtraArgs:
     del layouts  # Adam is elementwise
-    return _scale_first(optax.scale_by_adam(config.b1, config.b2, config.eps))
+    return _scale_first(_adam(config))
 
 
 def _adamw_rms(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransformationExtraArgs:
@@ -357,8 +420,7 @@ def _adamw_rms(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransfor
             layouts,
         )
 
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    return _scale_first(optax.chain(adam, optax.stateless(scale)))
+    return _scale_first(optax.chain(_adam(config), optax.stateless(scale)))
 
 
 def _muon(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransformationExtraArgs:
@@ -387,8 +449,8 @@ def _muon(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransformatio
     )
     transformation = optax.partition(
         {
-            "matrix": optax.chain(orthogonal, optax.stateless(match_rms)),
-            "other": optax.scale_by_adam(config.b1, config.b2, config.eps),
+            "matrix": _keeping(optax.chain(orthogonal, optax.stateless(match_rms))),
+            "other": _adam(config),
         },
         jax.tree.map(lambda layout: "matrix" if layout.kind == "matrix" else "other", layouts),
     )
@@ -426,6 +488,7 @@ def _adafactor(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransfor
         params: Tree,
         *,
         gradient_scale: jax.typing.ArrayLike,
+        accept: jax.typing.ArrayLike,
     ) -> tuple[Tree, AdafactorState]:
         # 0 at the first update, so that zeros as initial moments bias nothing.
         decay = 1.0 - (state.count + 1).astype(jnp.float32) ** -config.decay_exponent
@@ -442,7 +505,8 @@ def _adafactor(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransfor
         ]
         directions = structure.unflatten([direction for direction, _ in results])
         moments = structure.unflatten([moment for _, moment in results])
-        return directions, AdafactorState(optax.safe_increment(state.count), moments)
+        new = AdafactorState(optax.safe_increment(state.count), moments)
+        return directions, _accepted(accept, new, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

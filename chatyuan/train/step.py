@@ -177,6 +177,7 @@ def make_train_step(
         # A batch without a single target has gradient 0, not 0 / 0.
         gradient_scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
         gradient_norm = global_norm(gradients) * gradient_scale
+        finite = jnp.isfinite(loss_sum) & jnp.isfinite(gradient_norm)
         updates, opt_state = optimizer.update(
             gradients,
             state.opt_state,
@@ -184,17 +185,17 @@ def make_train_step(
             step=state.step,
             gradient_scale=gradient_scale,
             gradient_norm=gradient_norm,
+            accept=finite if skip_nonfinite else True,
         )
         params = sharding.constrain(optax.apply_updates(state.params, updates), updated_at)
         ema = state.ema
         if ema_decay is not None:
             assert ema is not None, "make the state with init_state(..., ema=True)"
             ema = jax.tree.map(lambda e, p: e + (1.0 - ema_decay) * (p - e), ema, params)
-        finite = jnp.isfinite(loss_sum) & jnp.isfinite(gradient_norm)
-        new = {"params": params, "opt_state": opt_state, "ema": ema}
         if skip_nonfinite:
-            old = {"params": state.params, "opt_state": state.opt_state, "ema": state.ema}
-            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+            params, ema = jax.tree.map(
+                lambda a, b: jnp.where(finite, a, b), (params, ema), (state.params, state.ema)
+            )
         streak = jnp.where(finite, 0, state.nonfinite_streak + 1)
         metrics["grad_norm"] = (gradient_norm, jnp.ones((), jnp.float32))
         if detailed_metrics:
@@ -202,7 +203,10 @@ def make_train_step(
         if skip_nonfinite:
             metrics = jax.tree.map(lambda value: jnp.where(finite, value, 0.0), metrics)
         metrics |= _step_metrics(schedule(state.step), finite, streak)
-        new_state = TrainState(step=state.step + 1, nonfinite_streak=streak, **new)
+        new_state = TrainState(
+            step=state.step + 1, params=params, opt_state=opt_state, ema=ema,
+            nonfinite_streak=streak,
+        )  # fmt: skip
         return new_state, metrics
 
     return TrainStep(train_step, microbatches)

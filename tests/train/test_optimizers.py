@@ -326,14 +326,34 @@ def test_no_optimizer_stores_an_array_of_all_parameters():
         optimizer = make_optimizer(config, _constant(), params, axes)
 
         def one(params, state, gradients, step, optimizer=optimizer):
+            accept = jnp.isfinite(step)
             updates, state = optimizer.update(
-                gradients, state, params, step=step, gradient_scale=1 / (1.0 + step)
+                gradients, state, params, step=step, gradient_scale=1 / (1.0 + step), accept=accept
             )
-            return optax.apply_updates(params, updates), state
+            new = optax.apply_updates(params, updates)
+            return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, params), state
 
         jitted = jax.jit(one, donate_argnums=(0, 1))
         compiled = jitted.lower(params, optimizer.init(params), params, jnp.float32(0)).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 512 * 256 * 4 // 4, name
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "adamw_rms", "muon"])
+def test_a_step_that_is_not_accepted_leaves_the_state(name):
+    params, gradients = _random(1, 0.05), _random(2)
+    optimizer = make_optimizer(OptimizerConfig(name), _constant(), params, AXES)
+    _, state = _update(optimizer, gradients, optimizer.init(params), params, 0)
+    refuse = jax.jit(functools.partial(optimizer.update, step=1, accept=False))
+    _, kept = refuse(jax.tree.map(lambda g: g * jnp.nan, gradients), state, params)
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    accept = jax.jit(functools.partial(optimizer.update, step=1))
+    asked = jax.jit(lambda *a, accept: optimizer.update(*a, step=1, accept=accept))
+    for one, other in zip(
+        jax.tree.leaves(asked(gradients, state, params, accept=True)),
+        jax.tree.leaves(accept(gradients, state, params)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_resolve_fills_in_the_defaults():
