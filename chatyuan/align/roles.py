@@ -21,7 +21,7 @@ from jax import Array
 from chatyuan.errors import UserError
 from chatyuan.models.reward import RewardModel, head_values
 from chatyuan.ops.token_rewards import Moments, no_moments
-from chatyuan.train.optimizers import Optimizer
+from chatyuan.train.updates import Optimizer
 
 Tree = Any
 

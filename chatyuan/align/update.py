@@ -28,7 +28,7 @@ from chatyuan.ops import policy_losses
 from chatyuan.ops.kl import adapt_kl_coefficient, kl_estimate
 from chatyuan.ops.masked import masked_mean, masked_sum
 from chatyuan.ops.preference_losses import PairLogProbs, PreferenceLoss, dpo
-from chatyuan.train.optimizers import Optimizer, global_norm
+from chatyuan.train.updates import Optimizer, accepted, global_norm
 
 Tree = Any
 Metrics = dict[str, tuple[Array, Array]]
@@ -234,7 +234,7 @@ def _applied(
         accept=go,
     )
     new = optax.apply_updates(params, updates)
-    return jax.tree.map(lambda a, b: jnp.where(go, a, b), new, params), new_state
+    return accepted(go, new, params), new_state
 
 
 def minibatch_gradients(

@@ -10,7 +10,6 @@ learning rate and logs it nevertheless.)
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ import optax.contrib
 
 from chatyuan.errors import UserError, did_you_mean
 from chatyuan.train.schedules import Schedule
+from chatyuan.train.updates import Optimizer, accepted, keeping, scale_first, scheduled, unshared
 
 Tree = Any
 BATCH_AXES = frozenset({"layers", "stack"})  # independent matrices
@@ -149,22 +149,6 @@ def resolve(config: OptimizerConfig) -> OptimizerConfig:
     return dataclasses.replace(config, **missing)
 
 
-class Optimizer(NamedTuple):
-    """An `optax.GradientTransformation` that carries its learning rate.
-
-    init: params -> state.
-    update: (gradients, state, params, *, step, gradient_scale=1.0, gradient_norm=None,
-      accept=True) -> (updates to add to params, state). It acts on gradients * gradient_scale
-      (taking the scalar apart saves a pass over them), whose global norm may be given where it is
-      known. Where `accept` is false the state is the old one, and the updates mean nothing.
-    schedule: step -> learning rate, the one that `update` applies.
-    """
-
-    init: Callable[[Tree], Tree]
-    update: Callable[..., tuple[Tree, Tree]]
-    schedule: Schedule
-
-
 @dataclasses.dataclass(frozen=True)
 class ParameterLayout:
     """How a parameter is read: `batch` axes of independent matrices, then rows and columns.
@@ -238,7 +222,7 @@ def make_optimizer(
         "muon": _muon,
     }[config.name]
     decaying = {"matrix", "head"} | ({"embedding"} if config.decay_embeddings else set())
-    return _with_schedule(
+    return scheduled(
         make_core(config, layouts),
         schedule,
         clip_norm=config.clip_norm,
@@ -246,133 +230,6 @@ def make_optimizer(
         weight_decay_lr_exponent=config.weight_decay_lr_exponent,
         decay_mask=jax.tree.map(lambda layout: layout.kind in decaying, layouts),
     )
-
-
-def with_schedule(
-    transformation: optax.GradientTransformation,
-    schedule: Schedule,
-    *,
-    clip_norm: float | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_lr_exponent: float = 1.0,
-    decay_mask: Tree | None = None,
-) -> Optimizer:
-    """Returns an Optimizer from an optax transformation without a learning rate of its own.
-
-    The update is `-lr * u - weight_decay * lr ** weight_decay_lr_exponent * param`, where u is what
-    the transformation makes of the clipped gradient (`optax.scale_by_adam()`, for example) and `lr`
-    is `schedule(step)`.
-
-    Args:
-      transformation: any optax transformation.
-      schedule: step -> learning rate.
-      clip_norm: largest global norm of the gradient; None = no clipping.
-      weight_decay: share of a parameter that decays a step at learning rate 1.
-      weight_decay_lr_exponent: power of the learning rate that multiplies it.
-      decay_mask: a tree of bools; None = every parameter decays.
-    """
-    return _with_schedule(
-        _scale_first(_keeping(transformation)),
-        schedule,
-        clip_norm=clip_norm,
-        weight_decay=weight_decay,
-        weight_decay_lr_exponent=weight_decay_lr_exponent,
-        decay_mask=decay_mask,
-    )
-
-
-def global_norm(tree: Tree) -> jax.Array:
-    """Returns the Euclidean norm of all values of a tree together, float32."""
-    squares = [jnp.sum(jnp.square(_unshared(leaf, 1))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
-
-
-def _with_schedule(
-    core: optax.GradientTransformationExtraArgs,
-    schedule: Schedule,
-    *,
-    clip_norm: float | None,
-    weight_decay: float,
-    weight_decay_lr_exponent: float,
-    decay_mask: Tree | None,
-) -> Optimizer:
-    """As `with_schedule`, for a core whose update takes `gradient_scale`."""
-
-    def update(
-        gradients: Tree,
-        state: Tree,
-        params: Tree,
-        *,
-        step: jax.typing.ArrayLike,
-        gradient_scale: jax.typing.ArrayLike = 1.0,
-        gradient_norm: jax.Array | None = None,
-        accept: jax.typing.ArrayLike = True,
-    ) -> tuple[Tree, Tree]:
-        if clip_norm is not None:
-            if gradient_norm is None:
-                gradient_norm = global_norm(gradients) * gradient_scale
-            gradient_scale = gradient_scale * jnp.minimum(1.0, clip_norm / gradient_norm)
-        directions, state = core.update(
-            gradients, state, params, gradient_scale=gradient_scale, accept=accept
-        )
-        rate = schedule(step)
-        decay_rate = weight_decay * rate**weight_decay_lr_exponent
-        mask = decay_mask
-        if mask is None:
-            mask = jax.tree.map(lambda _: True, params)
-
-        def one(direction: jax.Array, param: jax.Array, decays: bool) -> jax.Array:
-            if decays and weight_decay:
-                return -(rate * direction + decay_rate * param)
-            return -rate * direction
-
-        return jax.tree.map(one, directions, params, mask), state
-
-    return Optimizer(core.init, update, schedule)
-
-
-def _scale_first(
-    transformation: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """Multiplies the gradient by `gradient_scale`, which XLA fuses into elementwise optimizers."""
-
-    def update(
-        gradients: Tree,
-        state: Tree,
-        params: Tree,
-        *,
-        gradient_scale: jax.typing.ArrayLike,
-        accept: jax.typing.ArrayLike,
-    ) -> tuple[Tree, Tree]:
-        gradients = jax.tree.map(lambda gradient: gradient * gradient_scale, gradients)
-        return transformation.update(gradients, state, params, accept=accept)
-
-    return optax.GradientTransformationExtraArgs(transformation.init, update)
-
-
-def _keeping(
-    transformation: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Any transformation, whose state stays as it was where a step is not accepted."""
-
-    def update(
-        gradients: Tree,
-        state: Tree,
-        params: Tree | None = None,
-        *,
-        accept: jax.typing.ArrayLike = True,
-        **_: Any,
-    ) -> tuple[Tree, Tree]:
-        directions, new = transformation.update(gradients, state, params)
-        return directions, _accepted(accept, new, state)
-
-    return optax.GradientTransformationExtraArgs(transformation.init, update)
-
-
-def _accepted(accept: jax.typing.ArrayLike, new: Tree, old: Tree) -> Tree:
-    if accept is True:
-        return new
-    return jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
@@ -393,7 +250,7 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
         **_: Any,
     ) -> tuple[Tree, optax.ScaleByAdamState]:
         _, moved = adam.update(gradients, state, params)
-        kept = _accepted(accept, moved, state)
+        kept = accepted(accept, moved, state)
         means = optax.tree.bias_correction(kept.mu, config.b1, moved.count)
         squares = optax.tree.bias_correction(kept.nu, config.b2, moved.count)
         directions = jax.tree.map(
@@ -406,7 +263,7 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
 
 def _adamw(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransformationExtraArgs:
     del layouts  # Adam is elementwise
-    return _scale_first(_adam(config))
+    return scale_first(_adam(config))
 
 
 def _adamw_rms(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransformationExtraArgs:
@@ -420,7 +277,7 @@ def _adamw_rms(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransfor
             layouts,
         )
 
-    return _scale_first(optax.chain(_adam(config), optax.stateless(scale)))
+    return scale_first(optax.chain(_adam(config), optax.stateless(scale)))
 
 
 def _muon(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransformationExtraArgs:
@@ -449,12 +306,12 @@ def _muon(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransformatio
     )
     transformation = optax.partition(
         {
-            "matrix": _keeping(optax.chain(orthogonal, optax.stateless(match_rms))),
+            "matrix": keeping(optax.chain(orthogonal, optax.stateless(match_rms))),
             "other": _adam(config),
         },
         jax.tree.map(lambda layout: "matrix" if layout.kind == "matrix" else "other", layouts),
     )
-    return _scale_first(transformation)
+    return scale_first(transformation)
 
 
 class AdafactorState(NamedTuple):
@@ -506,7 +363,7 @@ def _adafactor(config: OptimizerConfig, layouts: Tree) -> optax.GradientTransfor
         directions = structure.unflatten([direction for direction, _ in results])
         moments = structure.unflatten([moment for _, moment in results])
         new = AdafactorState(optax.safe_increment(state.count), moments)
-        return directions, _accepted(accept, new, state)
+        return directions, accepted(accept, new, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -545,7 +402,7 @@ def _adafactor_parameter(
         column_factor = jax.lax.rsqrt(column)
         step = gradient * row_factor * column_factor
         mean_square_step = jnp.mean(
-            jnp.square(gradient * _unshared(row_factor, 2)) / column,
+            jnp.square(gradient * unshared(row_factor, 2)) / column,
             layout.whole,
             keepdims=True,
         )
@@ -555,19 +412,10 @@ def _adafactor_parameter(
     return step * scale, moments
 
 
-def _unshared(x: jax.Array, reader: int) -> jax.Array:
-    """`x`, hidden from common subexpression elimination with the other readers of `x`.
-
-    XLA's CPU backend stores an elementwise result that two of its reductions share; an array of the
-    size of the parameter costs more to store than to compute again.
-    """
-    return jax.lax.optimization_barrier((x, np.int32(reader)))[0]
-
-
 def _mean_square_of_columns(gradient: jax.Array, rows: tuple[int, ...]) -> jax.Array:
     """Mean of g**2 over the axes `rows`, which stay as 1."""
     if len(rows) > 1 or gradient.shape[rows[0]] >= gradient.shape[-1]:
-        return jnp.mean(jnp.square(_unshared(gradient, 2)), rows, keepdims=True)
+        return jnp.mean(jnp.square(unshared(gradient, 2)), rows, keepdims=True)
     return jax.lax.platform_dependent(
         gradient,
         cpu=lambda g: _sum_square_row_by_row(g, rows[0]) / g.shape[rows[0]],

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from chatyuan.train.optimizers import Optimizer
+from chatyuan.train.updates import Optimizer
 
 Tree = Any
 

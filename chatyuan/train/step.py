@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from chatyuan import sharding
 from chatyuan.errors import UserError
-from chatyuan.train.optimizers import Optimizer, global_norm
 from chatyuan.train.schedules import Schedule
 from chatyuan.train.state import TrainState, init_state
+from chatyuan.train.updates import Optimizer, accepted, global_norm
 
 __all__ = ["LossFn", "Metrics", "TrainStep", "init_state", "make_train_step"]
 
@@ -193,9 +193,7 @@ def make_train_step(
             assert ema is not None, "make the state with init_state(..., ema=True)"
             ema = jax.tree.map(lambda e, p: e + (1.0 - ema_decay) * (p - e), ema, params)
         if skip_nonfinite:
-            params, ema = jax.tree.map(
-                lambda a, b: jnp.where(finite, a, b), (params, ema), (state.params, state.ema)
-            )
+            params, ema = accepted(finite, (params, ema), (state.params, state.ema))
         streak = jnp.where(finite, 0, state.nonfinite_streak + 1)
         metrics["grad_norm"] = (gradient_norm, jnp.ones((), jnp.float32))
         if detailed_metrics:
@@ -203,11 +201,7 @@ def make_train_step(
         if skip_nonfinite:
             metrics = jax.tree.map(lambda value: jnp.where(finite, value, 0.0), metrics)
         metrics |= _step_metrics(schedule(state.step), finite, streak)
-        new_state = TrainState(
-            step=state.step + 1, params=params, opt_state=opt_state, ema=ema,
-            nonfinite_streak=streak,
-        )  # fmt: skip
-        return new_state, metrics
+        return TrainState(state.step + 1, params, opt_state, ema, streak), metrics
 
     return TrainStep(train_step, microbatches)
 

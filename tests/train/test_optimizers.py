@@ -10,9 +10,15 @@ import optax.contrib
 import pytest
 
 from chatyuan.errors import UserError
-from chatyuan.train import optimizers
-from chatyuan.train.optimizers import OptimizerConfig, make_optimizer, parameter_layout, resolve
+from chatyuan.train.optimizers import (
+    OptimizerConfig,
+    make_optimizer,
+    parameter_layout,
+    parameter_layouts,
+    resolve,
+)
 from chatyuan.train.schedules import ScheduleConfig, make_schedule
+from chatyuan.train.updates import Optimizer, global_norm, with_schedule
 
 LAYERS = 3
 # The parameters of one layer: name -> (shape, logical axes). 130 and more is factored by default.
@@ -101,7 +107,7 @@ def _run_optax(transformation, params, gradients):
         del step
         return transformation.update(gradients, state, params)
 
-    return _run(optimizers.Optimizer(transformation.init, update, None), params, gradients)
+    return _run(Optimizer(transformation.init, update, None), params, gradients)
 
 
 def _assert_close(actual, expected, rtol=2e-5, atol=2e-6):
@@ -176,7 +182,7 @@ def test_adafactor_decay_is_t5x_s():
     config = OptimizerConfig("adafactor", weight_decay=0.25)
     optimizer = make_optimizer(config, _constant(), params, AXES)
     updates, _ = _update(optimizer, zero, optimizer.init(params), params, 0)
-    for name, layout in optimizers.parameter_layouts(params, AXES).items():
+    for name, layout in parameter_layouts(params, AXES).items():
         share = 0.0 if layout.kind in ("vector", "table") else 0.25
         np.testing.assert_allclose(updates[name], -share * params[name], rtol=1e-6, err_msg=name)
 
@@ -200,7 +206,7 @@ def test_adamw_rms_is_adam_times_the_rms_of_each_matrix():
         return jax.tree.map(lambda u, r: -RATE * r * u, updates, rms), state
 
     init = optax.scale_by_adam().init
-    expected = _run(optimizers.Optimizer(init, update, None), params, gradients)
+    expected = _run(Optimizer(init, update, None), params, gradients)
     _assert_close(_split(_trained("adamw_rms")), expected)
 
 
@@ -280,14 +286,14 @@ def test_clipping_and_gradient_scale_equal_clipped_gradients(name):
 
 def test_with_schedule_equals_the_optax_optimizer():
     params, gradients = _random(1, 0.05), _random(2)
-    ours = optimizers.with_schedule(optax.scale_by_adam(), _constant(), weight_decay=0.01)
+    ours = with_schedule(optax.scale_by_adam(), _constant(), weight_decay=0.01)
     expected = _run_optax(optax.adamw(RATE, weight_decay=0.01), params, gradients)
     _assert_close(_run(ours, params, gradients), expected)
 
 
 def test_global_norm_equals_optax():
     tree = _random(1)
-    np.testing.assert_allclose(optimizers.global_norm(tree), optax.tree.norm(tree), rtol=1e-6)
+    np.testing.assert_allclose(global_norm(tree), optax.tree.norm(tree), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
