@@ -208,6 +208,8 @@ def status_line(row: Mapping[str, Any], total_steps: int) -> str:
     parts = [f"step {step:>{width},}/{total_steps:,} {100 * step / max(total_steps, 1):5.1f} %"]
     shown = (
         ("loss", "loss {:.4f}"),
+        ("score", "score {:.4g}"),
+        ("kl", "KL {:.3g}"),
         ("learning_rate", "lr {:.2e}"),
         ("grad_norm", "grad {:.3g}"),
         ("tokens_per_second", "{:,.0f} tok/s"),

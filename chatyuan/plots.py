@@ -36,7 +36,8 @@ def draw(model_dir: str | os.PathLike[str]) -> list[Plot]:
     draw. Every file is replaced at once, so a viewer never sees half of one.
 
     Returns:
-      The pictures in reading order: loss, learning rate, throughput, gradient norm, evaluation.
+      The pictures in reading order: reward (of reinforcement learning), loss, learning rate,
+      throughput, gradient norm, evaluation.
 
     Raises:
       UserError: the folder cannot be written.
@@ -44,6 +45,7 @@ def draw(model_dir: str | os.PathLike[str]) -> list[Plot]:
     folder = pathlib.Path(model_dir) / PLOTS
     rows = read_rows(pathlib.Path(model_dir) / METRICS)
     makers: tuple[tuple[str, str, Callable[[Sequence[Mapping[str, Any]]], Any]], ...] = (
+        ("reward.png", "Reward and what it costs", _reward),
         ("loss.png", "Loss", _loss),
         ("learning_rate.png", "Learning rate", _learning_rate),
         ("throughput.png", "Throughput", _throughput),
@@ -228,7 +230,9 @@ def _loss(rows: Sequence[Mapping[str, Any]]) -> Any:
     shown = [values, *(v for _, _, v in held_out)]
     if max(map(len, shown)) < 2:
         return None
-    figure, axes = _figure("Loss", "cross entropy per target token (nats)")
+    of_policy = bool(series(rows, "policy_loss")[1])
+    label = "of policy and critic" if of_policy else "cross entropy per target token (nats)"
+    figure, axes = _figure("Loss", label)
     if len(values) >= 2:
         _curve(axes, steps, values, "training", BLUE)
     for (name, at, of), color in zip(held_out[: len(CYCLE)], CYCLE, strict=False):
@@ -239,6 +243,37 @@ def _loss(rows: Sequence[Mapping[str, Any]]) -> Any:
         axes.set_ylim(low / 1.07, high * 1.07)
         _plain_log(axes)
     axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _reward(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Draws score, divergence, entropy and length of a run of reinforcement learning."""
+    from matplotlib.figure import Figure
+
+    if len(series(rows, "score")[1]) < 2:
+        return None
+    figure = Figure(figsize=(9.6, 6), layout="constrained")
+    panels = (
+        ("score", "Score of answers", "mean; band: one deviation"),
+        ("kl", "KL from the reference", "nats per answer"),
+        ("entropy", "Entropy", "nats per token"),
+        ("length", "Length of answers", "tokens"),
+    )
+    for place, (name, title, label) in enumerate(panels, 1):
+        axes = figure.add_subplot(2, 2, place)
+        _style(axes, title, label)
+        axes.title.set_fontsize(10)
+        steps, values = series(rows, name)
+        deviations = series(rows, f"{name}_std")[1]
+        if len(deviations) == len(values):
+            low, high = zip(*((v - d, v + d) for v, d in zip(values, deviations, strict=True)),
+                            strict=True)  # fmt: skip
+            axes.fill_between(steps, low, high, color=BLUE, alpha=0.12, linewidth=0)
+        _curve(axes, steps, values, "training", BLUE)
+        at, held_out = series(rows, f"eval/{name}")
+        if held_out:
+            axes.plot(at, held_out, color=ORANGE, marker="o", markersize=4, label="held out")
+            axes.legend(frameon=False, fontsize=9)
     return figure
 
 

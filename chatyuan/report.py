@@ -226,18 +226,19 @@ def _before_and_after(rows: Sequence[Row]) -> list[dict[str, Any]]:
     if not rows:
         return []
     first, last = rows[0]["step"], rows[-1]["step"]
-    before = {(r.get("task"), str(r.get("input"))): r.get("output") for r in rows
-              if r["step"] == first}  # fmt: skip
+    before = {(r.get("task"), str(r.get("input"))): r for r in rows if r["step"] == first}
     shown = []
     for row in rows:
         if row["step"] != last:
             continue
         entry = {key: row[key] for key in ("task", "input") if key in row}
-        older = before.get((row.get("task"), str(row.get("input"))))
-        if older is not None and first != last:
-            entry[f"output at step {first:,}"] = older
-        entry[f"output at step {last:,}"] = row.get("output", "")
-        known = {"step", "task", "input", "output"}
+        older = before.get((row.get("task"), str(row.get("input"))), {})
+        for step, of in ((first, older if first != last else {}), (last, row)):
+            # What is said of an output stands beside it; outputs without a score have none.
+            for name in ("output", "score"):
+                if of.get(name) is not None:
+                    entry[f"{name} at step {step:,}"] = of[name]
+        known = {"step", "task", "input", "output", "score"}
         entry.update({key: value for key, value in row.items() if key not in known})
         shown.append(entry)
     return shown

@@ -3,13 +3,15 @@
 A function is named `package.module:function` and takes what it asks for by name, one entry for each
 answer of the batch: prompts, answers (texts), prompt_tokens, answer_tokens (lists of ids). It
 returns as many numbers. What it does wrong is told with its name and the answer at fault; nothing
-has been learned from the batch by then.
+has been learned from the batch by then. Models are scored on the devices (`align.experience`), and
+their scores come here to be normalised and added.
 """
 
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,8 +68,13 @@ class RewardSource:
 
     @property
     def name(self) -> str:
-        """The function or the model's folder, for messages and metrics."""
+        """The function or the model's folder, for messages."""
         return self.function or self.model
+
+    @property
+    def label(self) -> str:
+        """The last word of it, for metrics."""
+        return self.function.rpartition(":")[2] or pathlib.PurePath(self.model).name
 
 
 def load_function(name: str) -> Callable[..., Any]:
@@ -199,3 +206,54 @@ def checked_scores(name: str, returned: Any, host: HostAnswers) -> np.ndarray:
             f"{host[what][bad[0]]!r}. {remedy}"
         )
     return scores.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenSource:
+    """A source that has been found.
+
+    Attributes:
+      source: as it was set.
+      function: the function, or None for a model.
+      normalise: applied to the scores of a model.
+    """
+
+    source: RewardSource
+    function: Callable[..., Any] | None = None
+    normalise: Callable[[Any], Any] | None = None
+
+
+def total_scores(
+    sources: Mapping[str, OpenSource], host: HostAnswers, model_scores: Sequence[np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns the weighted sum of all sources' scores, and the scores of each; float32 `[B, G]`.
+
+    Args:
+      sources: by the name they have in metrics.
+      host: the answers.
+      model_scores: raw scores of those sources that are models, in their order.
+
+    Raises:
+      UserError: scores of the wrong number or that are not finite.
+      RunFailed: a function raised an exception.
+    """
+    of_models = iter(model_scores)
+    parts = {}
+    for name, opened in sources.items():
+        if opened.function is not None:
+            parts[name] = call_function(opened.source.name, opened.function, host)
+            continue
+        raw = checked_scores(f"The reward model {opened.source.name}", next(of_models), host)
+        parts[name] = raw if opened.normalise is None else opened.normalise(raw)
+    weighted = [np.float32(sources[name].source.weight) * scores for name, scores in parts.items()]
+    return np.sum(weighted, axis=0, dtype=np.float32), parts
+
+
+def by_label(sources: Sequence[OpenSource]) -> dict[str, OpenSource]:
+    """Returns sources by their labels; of equal ones the later are numbered."""
+    named: dict[str, OpenSource] = {}
+    for opened in sources:
+        label = opened.source.label
+        same = sum(other.source.label == label for other in named.values())
+        named[f"{label}_{same + 1}" if same else label] = opened
+    return named

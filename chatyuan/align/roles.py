@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from chatyuan.errors import UserError
-from chatyuan.models.reward import RewardModel, head_values
+from chatyuan.models.reward import Normalisation, RewardModel, head_values
 from chatyuan.ops.token_rewards import Moments, no_moments
 from chatyuan.train.updates import Optimizer
 
@@ -168,6 +168,20 @@ class Critic:
             return {"head": head}
         copied = jax.tree.map(jnp.copy, params)
         return self.model.on_language_model(copied, head)
+
+    def from_reward_model(self, params: Tree, normalisation: Normalisation) -> Tree:
+        """Returns the parameters of a separate critic that starts as a reward model.
+
+        Its value at the end of an answer is the model's normalised score (N+ implementation
+        details, arXiv:2403.17031).
+
+        Args:
+          params: of the reward model.
+          normalisation: of its scores.
+        """
+        head = params["head"]
+        kernel = head["kernel"] / normalisation.std
+        return {**params, "head": {"kernel": kernel, "bias": normalisation(head["bias"])}}
 
     def abstract_params(self) -> Tree:
         """Returns the shapes of its parameters."""

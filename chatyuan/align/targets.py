@@ -83,17 +83,35 @@ def reward_answers(
     answers = experience.rollouts.answers
     mask = answers.mask
     moments = merge_moments(moments, moments_of(scores_BG))
-    scale = moments.std() if config.scale_rewards == "running" else 1.0
-    shaped = normalise_scores(scores_BG, std=scale, clip=config.clip_reward, eps=0.0)
-    rows = shaped.reshape(-1)
-    longest = answers.tokens.shape[-1]
-    lengths, ended = answers.lengths.reshape(-1), answers.ended(eos_id).reshape(-1)
-    rows = shape_scores(rows, lengths, ended, longest, config.endings)
+    rows = shaped_scores(config, scores_BG, answers, moments, eos_id).reshape(-1)
     k1 = keep(kl_estimate(experience.log_probs, experience.reference_log_probs, "k1"), mask)
     beta = kl_coef if config.kl_place == "reward" else jnp.zeros_like(kl_coef)
     tokens = token_rewards(rows, _rows(k1), _rows(mask), beta).reshape(mask.shape)
-    shaped, kl = rows.reshape(shaped.shape), jnp.sum(k1, axis=-1)
-    return Rewards(shaped, kl, jnp.sum(tokens, axis=-1), tokens, moments)
+    kl = jnp.sum(k1, axis=-1)
+    return Rewards(rows.reshape(kl.shape), kl, jnp.sum(tokens, axis=-1), tokens, moments)
+
+
+def shaped_scores(
+    config: AlignConfig, scores_BG: Array, answers: Answers, moments: Moments, eos_id: int
+) -> Array:
+    """Returns scores scaled, clipped and with their endings applied, float32 `[B, G]`.
+
+    Args:
+      config: how.
+      scores_BG: of the reward sources.
+      answers: what was scored.
+      moments: of all scores so far.
+      eos_id: the end token.
+    """
+    scale = 1.0
+    if config.scale_rewards == "running":
+        std = moments.std()
+        scale = jnp.where(std > 0, std, 1.0)  # scores that have all been the same stay as they are
+    scaled_BG = normalise_scores(scores_BG, std=scale, clip=config.clip_reward, eps=0.0)
+    lengths, ended = answers.lengths.reshape(-1), answers.ended(eos_id).reshape(-1)
+    longest = answers.tokens.shape[-1]
+    rows = shape_scores(scaled_BG.reshape(-1), lengths, ended, longest, config.endings)
+    return rows.reshape(scores_BG.shape)
 
 
 def make_targets(
@@ -108,7 +126,7 @@ def make_targets(
       config: the method and its details.
       experience: of `make_score`.
       rewards: of `reward_answers`.
-      greedy_scores_B: remax: scores of the greedy answers, scaled alike.
+      greedy_scores_B: remax: `shaped_scores` of the greedy answers.
     """
     answers = experience.rollouts.answers
     mask = answers.mask

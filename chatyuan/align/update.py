@@ -19,11 +19,17 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from chatyuan.align.answers import answer_hidden, token_entropies, token_scores
+from chatyuan.align.answers import Answers, answer_hidden, token_entropies, token_scores
 from chatyuan.align.config import AlignConfig
 from chatyuan.align.experience import Experience, critic_values, split_rows
 from chatyuan.align.roles import AlignState, Critic, Split
-from chatyuan.align.targets import Rewards, Targets, make_targets, reward_answers
+from chatyuan.align.targets import (
+    Rewards,
+    Targets,
+    make_targets,
+    reward_answers,
+    shaped_scores,
+)
 from chatyuan.ops import policy_losses
 from chatyuan.ops.kl import adapt_kl_coefficient, kl_estimate
 from chatyuan.ops.masked import masked_mean, masked_sum
@@ -73,11 +79,11 @@ class Learner:
 
 
 def make_update(learner: Learner, placement: Tree | None = None) -> UpdateFn:
-    """Returns the jitted `update(state, experience, scores, greedy_scores, ptx)`.
+    """Returns the jitted `update(state, experience, scores, greedy, ptx)`.
 
-    It gives (state, metrics); the old state is donated. scores are float32 `[B, G]`; greedy_scores
-    `[B]` for remax, else None; ptx features `[epochs * minibatches * b, ...]`, else None. Metrics
-    are (sum, weight) pairs.
+    It gives (state, metrics); the old state is donated. scores are float32 `[B, G]`; greedy for
+    remax the greedy answers `[B, 1, T]` and their scores `[B, 1]`, else None; ptx features
+    `[epochs * minibatches * b, ...]`, else None. Metrics are (sum, weight) pairs.
 
     Args:
       learner: see `Learner`.
@@ -89,14 +95,20 @@ def make_update(learner: Learner, placement: Tree | None = None) -> UpdateFn:
         state: AlignState,
         experience: Experience,
         scores: Array,
-        greedy_scores: Array | None = None,
+        greedy: tuple[Answers, Array] | None = None,
         ptx: Tree | None = None,
     ) -> tuple[AlignState, Metrics]:
         config = learner.config
         rewards = reward_answers(
             config, experience, scores, state.reward_moments, state.kl_coef, learner.eos_id
         )
-        targets = make_targets(config, experience, rewards, greedy_scores)
+        greedy_scores_B = None
+        if greedy is not None:
+            answers, scores_B1 = greedy
+            greedy_scores_B = shaped_scores(
+                config, scores_B1, answers, rewards.moments, learner.eos_id
+            )[:, 0]
+        targets = make_targets(config, experience, rewards, greedy_scores_B)
         state, steps = _optimize(learner, state, targets, ptx)
         metrics = _figures(learner, experience, scores, rewards, targets, state.kl_coef) | steps
         kl = jnp.mean(rewards.kl)

@@ -1,12 +1,13 @@
 """What stages know about the folder of a finished or running training run."""
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 import shutil
 from typing import Any
 
-from chatyuan import checkpoints
+from chatyuan import checkpoint_files, checkpoints
 from chatyuan.checkpoint_files import write_whole as write_whole  # for the stages
 from chatyuan.configs import from_json
 from chatyuan.errors import UserError
@@ -42,6 +43,14 @@ def read_meta(path: str) -> dict[str, Any]:
         return checkpoints.read_meta(path)
     except UserError as error:
         raise UserError(f"INIT_FROM = {path}: {error}") from error
+
+
+def fingerprint(folder: str) -> str:
+    """Returns what tells the checkpoint in a STEP folder from all others, wherever it lies."""
+    digest = hashlib.sha256()
+    for name in (checkpoint_files.META, checkpoint_files.FILES):
+        digest.update((pathlib.Path(folder) / name).read_bytes())
+    return digest.hexdigest()
 
 
 def check_vocabulary(

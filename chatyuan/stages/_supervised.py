@@ -478,22 +478,26 @@ def _write_report(parts: Parts, title: str, step: int) -> None:
     if jax.process_index() != 0:
         return
     folder = pathlib.Path(parts.config.model_dir)
-    rows = [
+    report.write_report(
+        folder,
+        title=title,
+        config_text=(folder / configs.GIN_NAME).read_text(encoding="utf-8"),
+        data_table=data_table(parts.loader, step),
+        facts=facts(parts),
+    )
+
+
+def data_table(loader: Loader, step: int) -> list[dict[str, Any]]:
+    """Returns what the steps before `step` took of each source, for the report."""
+    return [
         {
             "source": source.source,
             "documents": source.documents,
             "tokens": source.tokens,
             "epochs seen": round(source.epochs, 2),
         }
-        for source in parts.loader.stats(step)
+        for source in loader.stats(step)
     ]
-    report.write_report(
-        folder,
-        title=title,
-        config_text=(folder / configs.GIN_NAME).read_text(encoding="utf-8"),
-        data_table=rows,
-        facts=facts(parts),
-    )
 
 
 def dry_run(config: TrainingConfig, *, assemble: Callable[[Any], Parts] = assemble) -> None:

@@ -1,4 +1,4 @@
-"""The training loop of every supervised stage: pretrain, sft, reward, dpo.
+"""The training loop of every stage that trains: pretrain, sft, reward, dpo, ppo.
 
 1. Step n is dispatched before the metrics of step n-1 are read, so the device never waits for the
    host and the host never runs further ahead than one step. (Not so the first step, whose end is
@@ -128,6 +128,7 @@ def fit(
     writer: Writer,
     checkpointer: Checkpointer | None = None,
     evaluate: Callable[[PyTree, int], Mapping[str, Any]] | None = None,
+    evaluate_first: bool = False,
     report: Callable[[int], None] | None = None,
     meta: Mapping[str, Any] | None = None,
     resumed: Mapping[str, Any] | None = None,
@@ -149,6 +150,7 @@ def fit(
       checkpointer: saves every `config.period` steps, at new best evaluations, and at the end.
       evaluate: `(state, step) -> figures`; must not keep the state. Names go into metrics.jsonl as
         they are (`eval/loss`, ...).
+      evaluate_first: also before the first step, as step 0: what the run starts from.
       report: called with the step after an evaluation has been written (writes report.md).
       meta: facts stored in every checkpoint (seeds, vocabulary hash, model configuration, ...).
       resumed: the meta returned by the restore that gave `state`; {} or None for a fresh start.
@@ -166,6 +168,7 @@ def fit(
     run = _Run(config, train_step, writer, checkpointer, evaluate, report, flops_per_step)
     run.meta = dict(meta or {})
     run.active_microbatches = active_microbatches
+    run.evaluate_first = evaluate_first
     return run.train(state, batches, resumed or {}, facts or {})
 
 
@@ -248,6 +251,7 @@ class _Run:
         self.train_step, self.evaluate, self.report = train_step, evaluate, report
         self.flops_per_step = flops_per_step
         self.active_microbatches: Callable[[int], int] | None = None
+        self.evaluate_first = False
         self.meta: dict[str, Any] = {}
         device = jax.devices()[0]
         peak = peak_flops(device.device_kind)
@@ -284,6 +288,11 @@ class _Run:
             return state
         abstract = _abstract(state)  # its arrays are gone after the first step
         with Signals() as signals, self.watchdog, _no_garbage_collection():
+            if step == 0 and self.evaluate_first and self.evaluate is not None:
+                figures = {k: float(v) for k, v in self.evaluate(state, 0).items()}
+                if figures:
+                    self.writer.write(0, figures)
+                self.watchdog.alive()
             while step < last:
                 try:
                     state = self._steps(state, batches, step, signals)

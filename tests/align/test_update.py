@@ -97,7 +97,11 @@ class World:
     def iterate(self, state):
         experience = self.experience(state)
         scores = likes_fives(experience)
-        greedy = jnp.full(B, 0.3) if self.config.method == "remax" else None
+        greedy = None
+        if self.config.method == "remax":
+            answers = experience.rollouts.answers
+            first = {name: getattr(answers, name)[:, :1] for name in ("tokens", "lengths")}
+            greedy = (dataclasses.replace(answers, **first), jnp.full((B, 1), 0.3))
         return self.update(state, experience, scores, greedy)
 
     def run(self, count, state=None):

@@ -1,0 +1,309 @@
+"""The stage ppo by its command: it improves, resumes bitwise, is read by others, loses nothing."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+from test_reward import preferences, trained, world  # noqa: F401 - fixtures
+from workshop import RECIPE, arrays, rows, write_lines
+from workshop import untimed as untimed_rows
+
+from chatyuan.align.iteration import Iteration
+from chatyuan.align.rollout import read_rollouts
+from chatyuan.text.tokenizer import TokenizerConfig, train_tokenizer
+
+SMALL = {
+    "TRAIN_STEPS": 4, "EVAL_PERIOD": 2, "CHECKPOINT_PERIOD": 2, "LOG_PERIOD": 1, "TARGET_LENGTH": 8,
+    "RolloutConfig__samples": 2, "AlignConfig__epochs": 2, "LEARNING_RATE": 0.01,
+}  # fmt: skip
+# Everything that has a state of its own.
+STATEFUL = {
+    "AlignConfig__kl_target": 1.0, "AlignConfig__kl_horizon": 100.0,
+    "AlignConfig__scale_rewards": "'running'", "ppo__Config__write_rollouts": True,
+}  # fmt: skip
+TIMES = [f"{phase}_tokens_per_second" for phase in ("rollout", "score", "update")]
+
+
+def brief(answer_tokens):
+    """Fewer tokens score more."""
+    return [-len(tokens) for tokens in answer_tokens]
+
+
+def long_texts(prompts, answers):
+    """Characters beyond those of the prompt."""
+    return np.array([len(b) - len(a) for a, b in zip(prompts, answers, strict=True)])
+
+
+WRONG = {"value": None}
+
+
+def wrong(answers):
+    """NaN, too few, or an exception, as told."""
+    value = WRONG["value"]
+    if value == "few":
+        return [0.0]
+    if value == "raise":
+        raise KeyError("no such file")
+    return [float(len(a)) if value is None else value for a in answers]
+
+
+def untimed(folder):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in untimed_rows(folder)]
+
+
+@pytest.fixture(scope="module")
+def ppo(shop, tuned):
+    """(name, words, settings) -> status of a run on the eight questions."""
+    recipe = [line for line in RECIPE.splitlines() if "decod" not in line or "layers" in line]
+    write_lines(shop.root / "ppo.gin", recipe)
+    sources = [
+        "from __gin__ import dynamic_registration", "from chatyuan.align import rewards",
+        "from chatyuan.stages import ppo", "ppo.Config.rewards = (@rewards.RewardSource(),)",
+    ]  # fmt: skip
+    write_lines(shop.root / "function.gin", [*sources, "rewards.RewardSource.function = %WHAT"])
+
+    def run(name, *more, function="test_ppo:brief", **settings):
+        files = [f"--gin_file={shop.root / 'ppo.gin'}"]
+        if function is not None:
+            settings |= {"WHAT": f"'{function}'"}
+            files.append(f"--gin_file={shop.root / 'function.gin'}")
+        defaults = {"MIXTURE": shop.pairs, "INIT_FROM": tuned, **SMALL, **settings}
+        return shop.run("ppo", *files, *more, MODEL_DIR=shop.root / name, **defaults)
+
+    run.root = shop.root
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(ppo, trained):  # noqa: F811
+    """Four iterations with a reward model and a function."""
+    assert ppo("ppo_whole", REWARD_FROM=trained, **STATEFUL) == 0
+    return ppo.root / "ppo_whole"
+
+
+def assert_same_run(ours, theirs, step):
+    ours_arrays, theirs_arrays = arrays(ours, step), arrays(theirs, step)
+    assert ours_arrays.keys() == theirs_arrays.keys()
+    for root in ("params", "opt_state", "critic", "critic_opt_state", "kl_coef", "reward_moments"):
+        assert any(name.split("/")[0] == root for name in ours_arrays), root
+    for name, value in ours_arrays.items():
+        assert value.tobytes() == theirs_arrays[name].tobytes(), name
+    assert untimed(ours) == untimed(theirs)
+    for name in ("samples.jsonl", "rollouts.jsonl"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+def test_a_run_reports_what_happened(whole, trained):  # noqa: F811
+    found = rows(whole / "metrics.jsonl")
+    assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
+    for row in found[1:]:
+        for name in (
+            "score", "score_std", "reward", "kl", "kl_coef", "entropy", "clip_fraction",
+            "approx_kl", "explained_variance", "value_loss", "policy_loss", "length", "ended",
+            "score_rewarding", "score_brief", "sampler_gap", "critic_grad_norm",
+        ):  # fmt: skip
+            assert math.isfinite(row[name]), name
+        both = row["score_rewarding"] + row["score_brief"]
+        assert row["score"] == pytest.approx(both, abs=1e-4)
+        assert row["first_ratio"] == pytest.approx(1, abs=1e-5)
+        assert 1 <= row["length"] <= 8 and 0 <= row["ended"] <= 1
+    assert all(row[name] > 0 for row in found[2:] for name in TIMES)
+    assert found[1]["kl"] == pytest.approx(0, abs=1e-5)
+    assert found[-1]["kl_coef"] != found[1]["kl_coef"]
+    assert all("eval/score" in found[n] and "eval/kl" in found[n] for n in (0, 2, 4))
+    text = (whole / "report.md").read_text(encoding="utf-8")
+    for words in ("reward.png", "output at step 0", "output at step 4", "score at step 0", "rloo"):
+        assert (words in text) == (words != "rloo"), words
+    assert (whole / "plots" / "reward.png").stat().st_size > 1000
+
+
+def test_rollouts_are_written_on_request(whole):
+    found = read_rollouts(whole / "rollouts.jsonl")
+    assert [row["step"] for row in found] == sorted([0, 1, 2, 3] * 16)
+    assert len({(row["prompt_id"], row["sample"]) for row in found}) == 64
+    assert found[0]["prompt"] and found[0]["tokens"]
+    scores = rows(whole / "metrics.jsonl")
+    for step in range(4):
+        of = [row["reward"] for row in found if row["step"] == step]
+        assert np.mean(of) == pytest.approx(scores[step + 1]["score"], abs=1e-4)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(ppo, whole, trained):  # noqa: F811
+    command = {"REWARD_FROM": trained, **STATEFUL}
+    assert ppo("ppo_half", **command | {"TRAIN_STEPS": 2}) == 0
+    assert ppo("ppo_half", **command) == 0
+    assert_same_run(whole, ppo.root / "ppo_half", 4)
+
+
+def test_a_signal_saves_and_ends_with_status_0(ppo, whole, trained, monkeypatch, capsys):  # noqa: F811
+    command = {"REWARD_FROM": trained, **STATEFUL}
+    real, count = Iteration.__call__, [0]
+
+    def call(self, state, batch):
+        count[0] += 1
+        if count[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Iteration, "__call__", call)
+        with pytest.raises(SystemExit) as stopped:
+            ppo("ppo_stopped", **command)
+    assert stopped.value.code == 0
+    assert "Stopped by SIGTERM at step 3, resumable" in capsys.readouterr().out
+    assert ppo("ppo_stopped", **command) == 0
+    assert_same_run(whole, ppo.root / "ppo_stopped", 4)
+
+
+def test_it_improves(ppo):
+    assert ppo("ppo_brief", TRAIN_STEPS=12, EVAL_PERIOD=12, RolloutConfig__samples=4) == 0
+    found = [row["eval/score"] for row in rows(ppo.root / "ppo_brief" / "metrics.jsonl")
+             if "eval/score" in row]  # fmt: skip
+    assert found[-1] > found[0] + 1, found
+
+
+def test_its_model_is_an_ordinary_one(ppo, shop, whole):
+    write_lines(shop.root / "asked.txt", ["二加三等于几？"])
+    answers = shop.root / "ppo_answers"
+    assert shop.run("infer", str(shop.root / "asked.txt"), INIT_FROM=whole, MODEL_DIR=answers) == 0
+    assert "prediction" in rows(answers / "predictions.jsonl")[0]
+    assert shop.run("evaluate", INIT_FROM=whole, MIXTURE=shop.pairs,
+                    MODEL_DIR=shop.root / "ppo_evaluated") == 0  # fmt: skip
+    tuned_on = shop.root / "ppo_tuned_on"
+    assert shop.run("sft", INIT_FROM=whole, MIXTURE=shop.pairs, MODEL_DIR=tuned_on, TRAIN_STEPS=1,
+                    LEARNING_RATE=0.0) == 0  # fmt: skip
+    ours, theirs = arrays(whole, 4), arrays(tuned_on, 1)
+    names = [name for name in theirs if name.startswith("params/")]
+    assert names
+    for name in names:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert ppo("ppo_again", INIT_FROM=whole, TRAIN_STEPS=1) == 0
+
+
+def test_a_dry_run_shows_prompts_and_costs_and_writes_nothing(ppo, trained, capsys):  # noqa: F811
+    assert ppo("ppo_dry", "--dry_run", REWARD_FROM=trained) == 0
+    shown = capsys.readouterr().out
+    for words in ("Two prompts:", "memory per device", "rewarding x 1, brief x 1", "parameters"):
+        assert words in shown
+    assert not (ppo.root / "ppo_dry").exists()
+
+
+@pytest.mark.parametrize(
+    "value,status,words",
+    [(math.nan, 2, "returned nan"), ("few", 2, "16 answers"), ("raise", 1, "KeyError")],
+)
+def test_a_wrong_reward_function_loses_nothing(ppo, value, status, words, capsys, monkeypatch):
+    name = f"ppo_wrong_{value}"
+    settings = {"function": "test_ppo:wrong", "CHECKPOINT_PERIOD": 1, "EVAL_PERIOD": 0,
+                "TRAIN_STEPS": 2}  # fmt: skip
+    real = Iteration.__call__
+
+    def call(self, state, batch):
+        WRONG["value"] = value if int(state.step) == 1 else None
+        return real(self, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Iteration, "__call__", call)
+        assert ppo(name, **settings) == status
+    told = capsys.readouterr().err
+    assert words in told and "Nothing was learned from this batch" in told, told
+    assert [path.name for path in (ppo.root / name / "checkpoints").iterdir()] == ["1"]
+    WRONG["value"] = None
+    assert ppo(name, **settings) == 0
+    assert [row["step"] for row in rows(ppo.root / name / "metrics.jsonl") if "kl" in row] == [1, 2]
+
+
+def test_mistakes_are_told_before_anything_is_written(ppo, shop, tuned, trained, capsys):  # noqa: F811
+    for settings, message in (
+        ({"function": None}, "Nothing gives rewards"),
+        ({"REWARD_FROM": tuned}, "is not a reward model"),
+        ({"INIT_FROM": trained}, "is a reward model; give the tuned model"),
+        ({"MIXTURE": shop.text}, "plain text"),
+        ({"function": "test_ppo:breif"}, "Did you mean brief"),
+        ({"function": "test_ppo"}, "should be written package.module:function"),
+        ({"AlignConfig__method": "'pppo'"}, "Did you mean ppo"),
+        ({"AlignConfig__method": "'rloo'", "RolloutConfig__samples": 1}, "at least 2"),
+        ({"AlignConfig__minibatches": 3}, "use a multiple of 24"),
+        ({"AlignConfig__ptx_coef": 1.0}, "ppo.Config.ptx"),
+        ({"ppo__Config__critic_from": trained}, "critic = 'separate'"),
+        ({"loader__DataConfig__pack": True}, "would join prompts"),
+        ({"ppo__Config__eval_split": "'none'"}, "no split"),
+        ({"AlignConfig__reference_layers": 3}, "more than the 1 decoder layers"),
+        ({"MESH": {"data": 4, "sequence": 2}}, "which ppo cannot"),
+        ({"AlignConfig__min_length": 9}, "within TARGET_LENGTH = 8"),
+    ):
+        assert ppo("ppo_mistaken", **settings) == 2, settings
+        told = capsys.readouterr().err
+        assert message in told, told
+        assert not (shop.root / "ppo_mistaken").exists()
+
+
+def test_empty_prompts_are_refused(ppo, shop, capsys):
+    folder = shop.root / "empty_prompts"
+    given = [{"input": "" if n == 2 else "二加三等于几？", "target": f"等于{n}。"} for n in range(8)]
+    for split in ("train", "validation"):
+        write_lines(folder / f"{split}.jsonl", given)
+    assert shop.run("cache", MIXTURE=f"file:{folder}") == 0
+    capsys.readouterr()
+    assert ppo("ppo_empty", MIXTURE=f"file:{folder}") == 2
+    assert "1 of 8 prompts are empty" in capsys.readouterr().err
+    assert not (shop.root / "ppo_empty").exists()
+
+
+def test_reward_models_that_do_not_fit_are_refused(ppo, world, tuned, tmp_path, capsys):  # noqa: F811
+    shop, reward = world
+    raw = {"reward__Config__normalisation": "'none'", "TRAIN_STEPS": 1}
+    assert reward("ppo_raw", **raw) == 0
+    other = tmp_path / "other.model"
+    texts = [text for row in preferences() for text in row.values()]
+    train_tokenizer(texts, other, TokenizerConfig(400, extra_ids=4, character_coverage=1.0))
+    assert shop.run("cache", MIXTURE=f"file:{shop.root / 'preferences'}", VOCABULARY=other,
+                    CACHE_DIR=tmp_path / "cache") == 0  # fmt: skip
+    more = {"VOCABULARY": other, "CACHE_DIR": tmp_path / "cache", "INIT_FROM": None,
+            "TRAIN_STEPS": 1}  # fmt: skip
+    assert reward("ppo_other", **more) == 0
+    capsys.readouterr()
+    for name, message in (("ppo_raw", "no mean and deviation"), ("ppo_other", "another vocabulary")):
+        assert ppo("ppo_unfit", function=None, REWARD_FROM=shop.root / name) == 2
+        told = capsys.readouterr().err
+        assert message in told and str(shop.root / name) in told, told
+        assert not (shop.root / "ppo_unfit").exists()
+
+
+def test_a_run_goes_on_with_the_models_it_began_with_alone(ppo, whole, trained, tuned, capsys):  # noqa: F811
+    earlier = tuned / "checkpoints" / "75"
+    command = {"REWARD_FROM": trained, **STATEFUL, "TRAIN_STEPS": 5}
+    assert ppo("ppo_whole", **command | {"INIT_FROM": earlier}) == 2
+    told = capsys.readouterr().err
+    assert "another checkpoint as policy and reference" in told
+    assert rows(whole / "metrics.jsonl")[-1]["step"] == 4
+
+
+def test_a_critic_starts_as_the_reward_model(ppo, trained):  # noqa: F811
+    settings = {
+        "AlignConfig__critic": "'separate'", "ppo__Config__critic_from": trained,
+        "REWARD_FROM": trained, "TRAIN_STEPS": 1, "LEARNING_RATE": 0.0, "function": None,
+    }  # fmt: skip
+    assert ppo("ppo_critic", **settings) == 0
+    ours, theirs = arrays(ppo.root / "ppo_critic", 1), arrays(trained, 40)
+    names = [name for name in theirs if name.startswith("params/backbone/")]
+    assert names
+    for name in names:
+        np.testing.assert_array_equal(ours[f"critic/{name[7:]}"], theirs[name], err_msg=name)
+    meta = json.loads((trained / "checkpoints" / "40" / "meta.json").read_text())["metrics"]
+    head = theirs["params/head/kernel"] / np.float32(meta["reward/std"])
+    np.testing.assert_allclose(ours["critic/head/kernel"], head, rtol=1e-6)
+
+
+def test_meshes_agree(ppo):
+    found = []
+    for name, mesh in (("flat", {"data": 8}), ("split", {"data": 2, "fsdp": 2, "tensor": 2})):
+        assert ppo(f"ppo_{name}", MESH=mesh, TRAIN_STEPS=2) == 0
+        found.append(untimed(ppo.root / f"ppo_{name}"))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert theirs[key] == pytest.approx(value, rel=2e-3, abs=2e-4), key
