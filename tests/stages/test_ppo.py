@@ -3,17 +3,22 @@
 import json
 import math
 import os
+import pathlib
 import signal
 
 import numpy as np
 import pytest
+from processes import Job
 from test_reward import preferences, trained, world  # noqa: F401 - fixtures
 from workshop import RECIPE, arrays, rows, write_lines
 from workshop import untimed as untimed_rows
 
 from chatyuan.align.iteration import Iteration
 from chatyuan.align.rollout import read_rollouts
+from chatyuan.data.cache import CacheWriter
+from chatyuan.main import main
 from chatyuan.text.tokenizer import TokenizerConfig, train_tokenizer
+from chatyuan.text.vocabulary import Vocabulary
 
 SMALL = {
     "TRAIN_STEPS": 4, "EVAL_PERIOD": 2, "CHECKPOINT_PERIOD": 2, "LOG_PERIOD": 1, "TARGET_LENGTH": 8,
@@ -65,15 +70,18 @@ def ppo(shop, tuned):
     ]  # fmt: skip
     write_lines(shop.root / "function.gin", [*sources, "rewards.RewardSource.function = %WHAT"])
 
-    def run(name, *more, function="test_ppo:brief", **settings):
+    def words(name, *more, function="test_ppo:brief", **settings):
         files = [f"--gin_file={shop.root / 'ppo.gin'}"]
         if function is not None:
             settings |= {"WHAT": f"'{function}'"}
             files.append(f"--gin_file={shop.root / 'function.gin'}")
         defaults = {"MIXTURE": shop.pairs, "INIT_FROM": tuned, **SMALL, **settings}
-        return shop.run("ppo", *files, *more, MODEL_DIR=shop.root / name, **defaults)
+        return [*shop.words("ppo", MODEL_DIR=shop.root / name, **defaults), *files, *more]
 
-    run.root = shop.root
+    def run(*arguments, **settings):
+        return main(words(*arguments, **settings))
+
+    run.root, run.words = shop.root, words
     return run
 
 
@@ -159,7 +167,7 @@ def test_a_signal_saves_and_ends_with_status_0(ppo, whole, trained, monkeypatch,
 
 
 def test_it_improves(ppo):
-    assert ppo("ppo_brief", TRAIN_STEPS=12, EVAL_PERIOD=12, RolloutConfig__samples=4) == 0
+    assert ppo("ppo_brief", TRAIN_STEPS=16, EVAL_PERIOD=16) == 0
     found = [row["eval/score"] for row in rows(ppo.root / "ppo_brief" / "metrics.jsonl")
              if "eval/score" in row]  # fmt: skip
     assert found[-1] > found[0] + 1, found
@@ -242,14 +250,19 @@ def test_mistakes_are_told_before_anything_is_written(ppo, shop, tuned, trained,
 
 
 def test_empty_prompts_are_refused(ppo, shop, capsys):
-    folder = shop.root / "empty_prompts"
-    given = [{"input": "" if n == 2 else "二加三等于几？", "target": f"等于{n}。"} for n in range(8)]
+    """Files never give any, but a seqio task of one's own can."""
+    vocabulary = Vocabulary(shop.vocabulary)
+    lengths = np.array([3, 0, 2, 3])
     for split in ("train", "validation"):
-        write_lines(folder / f"{split}.jsonl", given)
-    assert shop.run("cache", MIXTURE=f"file:{folder}") == 0
-    capsys.readouterr()
-    assert ppo("ppo_empty", MIXTURE=f"file:{folder}") == 2
-    assert "1 of 8 prompts are empty" in capsys.readouterr().err
+        with CacheWriter(shop.cache, "hollow", split, features=["inputs", "targets"],
+                         vocabulary=vocabulary) as writer:  # fmt: skip
+            writer.write(
+                {"inputs": np.arange(10, 18), "targets": np.arange(10, 14)},
+                {"inputs": lengths, "targets": np.ones(4, int)},
+            )
+            writer.finish({"key": "hollow"})
+    assert ppo("ppo_empty", MIXTURE="hollow") == 2
+    assert "1 of 4 prompts are empty" in capsys.readouterr().err
     assert not (shop.root / "ppo_empty").exists()
 
 
@@ -266,7 +279,10 @@ def test_reward_models_that_do_not_fit_are_refused(ppo, world, tuned, tmp_path, 
             "TRAIN_STEPS": 1}  # fmt: skip
     assert reward("ppo_other", **more) == 0
     capsys.readouterr()
-    for name, message in (("ppo_raw", "no mean and deviation"), ("ppo_other", "another vocabulary")):
+    for name, message in (
+        ("ppo_raw", "no mean and deviation"),
+        ("ppo_other", "another vocabulary"),
+    ):
         assert ppo("ppo_unfit", function=None, REWARD_FROM=shop.root / name) == 2
         told = capsys.readouterr().err
         assert message in told and str(shop.root / name) in told, told
@@ -282,6 +298,7 @@ def test_a_run_goes_on_with_the_models_it_began_with_alone(ppo, whole, trained, 
     assert rows(whole / "metrics.jsonl")[-1]["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_critic_starts_as_the_reward_model(ppo, trained):  # noqa: F811
     settings = {
         "AlignConfig__critic": "'separate'", "ppo__Config__critic_from": trained,
@@ -298,12 +315,17 @@ def test_a_critic_starts_as_the_reward_model(ppo, trained):  # noqa: F811
     np.testing.assert_allclose(ours["critic/head/kernel"], head, rtol=1e-6)
 
 
-def test_meshes_agree(ppo):
-    found = []
-    for name, mesh in (("flat", {"data": 8}), ("split", {"data": 2, "fsdp": 2, "tensor": 2})):
-        assert ppo(f"ppo_{name}", MESH=mesh, TRAIN_STEPS=2) == 0
-        found.append(untimed(ppo.root / f"ppo_{name}"))
-    for ours, theirs in zip(*found, strict=True):
+@pytest.mark.slow
+def test_eight_devices_do_what_one_does(ppo, monkeypatch):
+    settings = {"TRAIN_STEPS": 2, "LEARNING_RATE": 0.001}
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    assert ppo("ppo_eight", MESH=mesh, **settings) == 0
+    here = pathlib.Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    job = Job(ppo.root / "ppo_job", ppo.words("ppo_one", **settings), count=1, devices=1)
+    assert job.wait(300) == [0], job.output(0)
+    for ours, theirs in zip(*map(untimed, (ppo.root / "ppo_eight", ppo.root / "ppo_one")),
+                            strict=True):  # fmt: skip
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
-            assert theirs[key] == pytest.approx(value, rel=2e-3, abs=2e-4), key
+            assert theirs[key] == pytest.approx(value, rel=5e-3, abs=5e-4), key
