@@ -66,10 +66,14 @@ class Desk:
         """What the page needs before it knows who is there."""
         return {"taxonomy": self.taxonomy, "reasons": list(SKIP_REASONS), "letters": LETTERS}
 
-    def next(self, annotator: Any) -> dict[str, Any]:
-        """{"item": the next of this annotator or None, "progress"}. Raises Refused."""
+    def next(self, annotator: Any, leaving: Any = None) -> dict[str, Any]:
+        """{"item": the next of this annotator or None, "progress"}. Raises Refused.
+
+        `leaving`, another annotator who had this page, gives back what is on the screen.
+        """
         name = _name(annotator)
         with self._mutex:
+            self._leases.pop(str(leaving), None)
             return self._state(name, self._next(name))
 
     def previous(self, annotator: Any, key: Any) -> dict[str, Any]:

@@ -186,8 +186,8 @@ function show(answer, message = null, values = {}) {
   }
 }
 
-function next(message = null) {
-  return alone(async () => show(await call("next", { annotator: state.annotator }), message));
+function next(leaving = null) {
+  return alone(async () => show(await call("next", { annotator: state.annotator, leaving })));
 }
 
 function save(skipped = null) {
@@ -288,6 +288,7 @@ function draw() {
   drawMessage();
   drawProgress();
   if (state.item) drawItem();
+  else $("answers").replaceChildren();
 }
 
 function drawMessage() {
@@ -438,7 +439,8 @@ function actionOf(event) {
   if (key === "?" || key === "？") return () => $("help").showModal();
   if (code === "KeyL") return switchLanguage;
   if (code === "KeyZ") return undo;
-  if (!state.item || !state.annotator) return null;
+  if (!state.annotator) return null;
+  if (!state.item) return code === "Enter" ? () => next() : null;
   if (code === "ArrowUp" || code === "ArrowDown") {
     if (event.target === $("prompt")) return shiftKey ? null : leavePromptAt(code);
     const step = code === "ArrowUp" ? -1 : 1;
@@ -492,15 +494,17 @@ $("save").onclick = () => save();
 $("skip").onclick = chooseReason;
 $("undo").onclick = undo;
 $("again").onclick = undo;
+$("more").onclick = () => next();
 $("category").onclick = () => chooseCategory();
 for (const id of ["help", "chooser"]) $(id).addEventListener("close", focusSelected);
 $("name-dialog").addEventListener("close", () => { if (!state.annotator) askName(); });
 $("name-form").addEventListener("submit", (event) => {
   event.preventDefault();
+  const leaving = state.annotator;
   state.annotator = $("name").value.trim();
   remember("annotator", state.annotator);
   $("name-dialog").close();
-  next();
+  next(leaving);
 });
 
 draw();

@@ -57,18 +57,18 @@ def export(folder: pathlib.Path, by_item: ByItem) -> int:
 def source_table(by_item: ByItem) -> list[dict[str, Any]]:
     """How often each source's answer was put above another source's, best first.
 
-    A tie is half a win. Answers that a source shares with the other are not compared.
+    A tie is half a win. Two answers of one source are not compared on its behalf.
     """
     won: collections.Counter[str] = collections.Counter()
     met: collections.Counter[str] = collections.Counter()
     for annotation in _all(by_item):
         ranks = annotation.ranks or ()
-        for mine, rank in zip(annotation.sources, ranks, strict=False):
+        for mine, rank in zip(annotation.sources, ranks, strict=False):  # no ranks: skipped
             for theirs, other in zip(annotation.sources, ranks, strict=False):
-                for name in mine if mine != theirs else ():
-                    if set(theirs) - set(mine) and name not in theirs:
-                        met[name] += 1
-                        won[name] += 1.0 if rank < other else 0.5 * (rank == other)
+                alone, others = set(mine) - set(theirs), set(theirs) - set(mine)
+                for name in alone if others else ():
+                    met[name] += 1
+                    won[name] += 1.0 if rank < other else 0.5 * (rank == other)
     rows = [{"source": name, "comparisons": met[name], "preferred": won[name] / met[name]}
             for name in met]  # fmt: skip
     return sorted(rows, key=lambda row: (-row["preferred"], row["source"]))

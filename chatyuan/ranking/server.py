@@ -210,4 +210,4 @@ def _called(desk: Desk, call: str, request: Mapping[str, Any]) -> dict[str, Any]
         return desk.save(request)
     if call == "previous":
         return desk.previous(request.get("annotator"), request.get("item"))
-    return desk.next(request.get("annotator"))
+    return desk.next(request.get("annotator"), request.get("leaving"))

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import types
+from typing import TextIO
 
 from chatyuan.checkpoint_files import sync
 from chatyuan.errors import UserError
@@ -155,7 +156,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _locked(folder: pathlib.Path) -> "object":
+def _locked(folder: pathlib.Path) -> TextIO:
     """The lock file, open and held; the kernel lets go of it when the process ends, however."""
     file = (folder / LOCK).open("a+", encoding="utf-8")
     try:

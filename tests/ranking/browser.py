@@ -47,13 +47,19 @@ class Browser:
         os.close(write)
         self._buffer, self._number, self._session = b"", 0, None
         self.errors = []
+        try:
+            self._attach()
+        except BaseException:
+            self.close()
+            raise
+        self.resize(*size)
+
+    def _attach(self):
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
-        self.resize(*size)
 
     def call(self, method, **parameters):
         """Sends a command and returns its result."""
@@ -71,9 +77,9 @@ class Browser:
     def _receive(self):
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], TIMEOUT)
-            assert ready, "the browser does not answer"
-            data = os.read(self._read, 1 << 20)
-            assert data, "the browser has ended"
+            data = os.read(self._read, 1 << 20) if ready else b""
+            if not data:
+                raise OSError("the browser has ended" if ready else "the browser does not answer")
             self._buffer += data
         message, _, self._buffer = self._buffer.partition(b"\0")
         message = json.loads(message)
