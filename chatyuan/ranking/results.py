@@ -32,19 +32,24 @@ def rankings(by_item: ByItem) -> Iterator[dict[str, Any]]:
         if not ranked:
             continue
         first = ranked[0]
-        places = [stats.rankdata(aligned(first, other)[1]) for other in ranked]
-        # Sums, not means: halves add up exactly, so what is equal compares equal.
-        ranks = stats.rankdata(np.sum(places, axis=0), method="dense").astype(int) - 1
-        if ranks.max() == 0:
+        ranks = _merged(ranked) if len(ranked) > 1 else list(first.ranks or ())
+        if max(ranks) == 0:
             continue
         yield {
             "prompt": first.prompt,
             "answers": list(first.answers),
-            "ranks": ranks.tolist(),
+            "ranks": ranks,
             "sources": [list(names) for names in first.sources],
             "categories": sorted({a.category for a in ranked if a.category is not None}),
             "annotators": [a.annotator for a in ranked],
         }
+
+
+def _merged(ranked: Sequence[Annotation]) -> list[int]:
+    """The order of the mean ranks, for the answers in the order of the first annotation."""
+    places = [stats.rankdata(aligned(ranked[0], other)[1]) for other in ranked]
+    # Sums, not means: halves add up exactly, so what is equal compares equal.
+    return (stats.rankdata(np.sum(places, axis=0), method="dense").astype(int) - 1).tolist()
 
 
 def export(folder: pathlib.Path, by_item: ByItem) -> int:

@@ -117,3 +117,18 @@ def test_mistakes_are_explained(tmp_path):
     with pytest.raises(UserError, match="is not a complete gzip file"):
         read(cut)
     assert files.expand(tmp_path) == [bad, cut, path]
+
+
+def test_a_prompt_is_what_a_model_saw_before_what_it_was_made_of(tmp_path):
+    rows = [
+        {"inputs": "用户：写诗\n小元：", "instruction": "写诗", "prediction": "好"},
+        {"instruction": "写诗", "input": "春天"},
+        {"prompt": "写诗", "source": "other"},
+        {"instruction": ""},
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    skipped = files.Skipped()
+    found = [row["inputs"] for row in files.read_prompts(path, skipped)]
+    assert found == [rows[0]["inputs"], "写诗\n春天", "写诗"]
+    assert skipped == {"no_prompt": 1}
