@@ -180,7 +180,7 @@ class Desk:
             ranks = _dense(request.get("ranks"), len(order))
             if bool(self.taxonomy) != (category is not None):
                 raise Refused("no_category" if self.taxonomy else "unknown_category")
-        elif reason not in SKIP_REASONS:
+        elif not isinstance(reason, str) or reason not in SKIP_REASONS:
             raise Refused("unknown_reason")
         if category is not None and category not in self.taxonomy:
             raise Refused("unknown_category")
@@ -197,7 +197,7 @@ class Desk:
             ranks=ranks,
             skipped=reason,
             category=category,
-            seconds=round(min(float(seconds), 86400.0), 1),
+            seconds=round(float(min(seconds, 86400)), 1),
             time=now.isoformat(timespec="seconds"),
         )
 

@@ -167,7 +167,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not length.isdecimal():
             self._refuse(411, "no_length")
             return None
-        if int(length) > MAX_BODY:
+        if len(length) > 9 or int(length) > MAX_BODY:
             self._refuse(413, "too_large")
             return None
         try:

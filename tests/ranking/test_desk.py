@@ -131,6 +131,38 @@ def test_requests_without_sense_save_nothing(tmp_path, desk_of, change, word):
     desk.save(good)
 
 
+JSON = some.recursive(
+    some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=3),
+    lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.text(), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def test_no_request_is_an_accident(tmp_path, desk_of):
+    desk = desk_of(tmp_path, items_of(tmp_path), taxonomy=["a"])
+    good = {"annotator": "甲", "item": desk.items[0].key, "ranks": [1, 2, 3], "skipped": None,
+            "category": "a", "seconds": 1}  # fmt: skip
+
+    @settings(max_examples=150, deadline=None)
+    @given(some.sampled_from(list(good)), JSON, JSON)
+    def fuzz(field, value, other):
+        for request in ({**good, field: value}, {field: value}):
+            try:
+                desk.save(request)
+            except Refused as error:
+                assert str(error).replace("_", "").isalpha()
+        for call in (desk.next, desk.previous):
+            try:
+                call(value, other)
+            except Refused as error:
+                assert str(error) == "bad_name"
+
+    fuzz()
+    desk.save({**good, "seconds": 10**400})
+    found, note, _ = store.read_annotations(desk.log.path)
+    assert not note and {a.item for a in found} == {desk.items[0].key}
+
+
 def test_what_was_saved_is_there_after_a_kill_and_goes_on(tmp_path, desk_of):
     items = items_of(tmp_path)
     desk = desk_of(tmp_path, items)

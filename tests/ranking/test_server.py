@@ -108,6 +108,7 @@ def test_other_web_pages_are_refused(served, headers, allowed):
         ("/api/next", b"\xff", {}, 400),
         ("/api/next", "x" * (serving.MAX_BODY + 1), {}, 413),
         ("/api/next", "{}", {"Content_Length": "-1"}, 411),
+        ("/api/next", "{}", {"Content_Length": "9" * 5000}, 413),
         ("/api/save", '{"annotator": "a", "item": {}}', {}, 400),
         ("/api/close", "{}", {}, 404),
     ],
