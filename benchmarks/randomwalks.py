@@ -4,7 +4,9 @@ A graph of 21 nodes; a prompt is a start node, an answer the rest of a walk to n
 the optimality of its length: 1 for a shortest path, 0 for a walk that never arrives or takes an
 edge that does not exist. The generator is that of trlx (`examples/randomwalks`), whose regression
 benchmark this is. A small encoder-decoder learns the walks first; then each method improves it
-through the functions that `python run.py ppo` uses.
+through the functions that the stages use. `--methods` takes any method of `AlignConfig`; `reward`,
+a reward model on pairs of its samples; and preference losses on the same pairs: `dpo`, `dpo+nll`
+and the other names of `preference_losses.LOSSES`.
 
     python benchmarks/randomwalks.py --check
 
@@ -25,14 +27,18 @@ from common import ROOT, Check, finish
 
 sys.path.insert(0, str(ROOT))
 
+from chatyuan.align.answers import Answers, reward_scores  # noqa: E402
 from chatyuan.align.config import GROUPED, AlignConfig  # noqa: E402
 from chatyuan.align.experience import make_score  # noqa: E402
+from chatyuan.align.pairs import answer_log_probs, pair_figures, pair_terms  # noqa: E402
 from chatyuan.align.roles import Critic, Split, init_state  # noqa: E402
 from chatyuan.align.rollout import RolloutConfig, make_rollout  # noqa: E402
 from chatyuan.align.update import Learner, make_update  # noqa: E402
 from chatyuan.models import ModelConfig, build  # noqa: E402
 from chatyuan.models.loss import LossConfig, supervised_loss  # noqa: E402
 from chatyuan.models.reward import RewardModel  # noqa: E402
+from chatyuan.ops.preference_losses import LOSSES, PreferenceLoss  # noqa: E402
+from chatyuan.ops.reward_losses import reward_loss  # noqa: E402
 from chatyuan.train.optimizers import OptimizerConfig, make_optimizer  # noqa: E402
 from chatyuan.train.schedules import ScheduleConfig, make_schedule  # noqa: E402
 from chatyuan.train.step import init_state as train_state  # noqa: E402
@@ -268,12 +274,168 @@ def evaluate(world: Walks, model: Any, params: Any, seed: int) -> tuple[float, f
     return float(sampled.mean()), float(greedy.mean())
 
 
+def pairs_of(world: Walks, params: Any, seed: int, count: int, offset: int) -> dict[str, Any]:
+    """`count` pairs of the model's samples for the same start, the one with the better score first.
+
+    Args:
+      world: the task.
+      params: of the tuned model.
+      seed: of the draws and of the choice.
+      count: how many pairs.
+      offset: of the draws' prompt ids, so that training and held-out pairs are drawn apart.
+    """
+    prompts, lengths = prompts_of(world.starts)
+    ids = np.arange(offset, offset + len(prompts), dtype=np.uint32)
+    answers = jax.device_get(_judges(seed, 64)[0](params, prompts, lengths, ids).answers)
+    scores = scores_of(world, prompts, answers.tokens, answers.lengths)
+    rng = np.random.default_rng((seed, offset))
+    starts = rng.integers(0, len(prompts), 8 * count)
+    two = rng.integers(0, scores.shape[1], (8 * count, 2))
+    gaps = scores[starts, two[:, 0]] - scores[starts, two[:, 1]]
+    better = np.flatnonzero(gaps > 0)[:count]
+    assert len(better) == count, "too few samples differ"
+    start, two = starts[better][:, None], two[better]
+    return {
+        "prompts": prompts[start[:, 0]],
+        "prompt_lengths": lengths[start[:, 0]],
+        "tokens": answers.tokens[start, two],
+        "lengths": answers.lengths[start, two],
+        "gaps": gaps[better].astype(np.float32),
+    }
+
+
+def _answers(pairs: Any) -> Answers:
+    return Answers(*(pairs[name] for name in ("prompts", "prompt_lengths", "tokens", "lengths")))
+
+
+class Preferences:
+    """A reward model (`reward`) or a preference loss (`dpo`, `dpo+nll`, ...), for all seeds.
+
+    300 steps of 64 pairs. The losses' rate and beta are those of the trial that set the bars.
+    """
+
+    def __init__(self, world: Walks, method: str, steps: int = 300, batch: int = 64) -> None:
+        """Prepares the training step."""
+        self.world, self.method, self.steps, self.batch = world, method, steps, batch
+        self.language, self.scorer = build(MODEL), RewardModel(MODEL)
+        self.model = self.scorer if method == "reward" else self.language
+        rate = 1e-3 if method == "reward" else 3e-4
+        schedule = make_schedule(ScheduleConfig(name="constant", learning_rate=rate))
+        shapes, axes = self.model.abstract_params(), self.model.logical_axes()
+        self.optimizer = _adam(shapes, axes, schedule)
+        name, _, nll = method.partition("+")
+        self.loss = PreferenceLoss(name, nll_weight=1.0 if nll else 0.0)
+        loss_fn = self._reward if method == "reward" else self._preference
+        self.step = make_train_step(loss_fn, self.optimizer, schedule)
+        self.log_probs = jax.jit(functools.partial(answer_log_probs, self.language))
+        self.scores = jax.jit(functools.partial(reward_scores, self.scorer))
+
+    def _reward(self, params: Any, pairs: Any, key: Any) -> Any:
+        del key
+        scores = reward_scores(self.scorer, params, _answers(pairs))
+        ranks = jnp.broadcast_to(jnp.arange(2), scores.shape)
+        sums = reward_loss(scores, ranks, pairs["lengths"] > 0, centering=0.01)
+        return sums.total, sums.weight, {}
+
+    def _preference(self, params: Any, pairs: Any, key: Any) -> Any:
+        del key
+        log_probs = answer_log_probs(self.language, params, _answers(pairs))
+        figures, weight = self._figures(log_probs, pairs)
+        return figures["loss"], weight, {}
+
+    def _figures(self, log_probs: Any, pairs: Any) -> Any:
+        ranks = jnp.broadcast_to(jnp.arange(2), log_probs.shape)
+        terms, weights = pair_terms(
+            log_probs, pairs["reference"], pairs["lengths"], ranks, self.loss
+        )
+        return pair_figures(terms, weights, None)
+
+    def run(self, tuned: Any, seed: int) -> dict[str, float]:
+        """Returns the figures of held-out pairs, by name; of a loss the optimality too."""
+        pairs, held_out = (
+            pairs_of(self.world, tuned, seed, count, offset)
+            for count, offset in ((4096, 100), (1024, 200))
+        )
+        params = jax.tree.map(jnp.copy, tuned)
+        if self.method == "reward":
+            head = self.scorer.init_head(jax.random.key(seed))
+            params = self.scorer.on_language_model(params, head)
+        else:
+            for some in (pairs, held_out):
+                some["reference"] = np.asarray(self.log_probs(tuned, _answers(some)))
+        state = train_state(params, self.optimizer)
+        rng = np.random.default_rng(seed)
+        for _ in range(self.steps):
+            rows = rng.integers(0, len(pairs["gaps"]), self.batch)
+            state, _ = self.step(state, {name: jnp.asarray(x[rows]) for name, x in pairs.items()})
+        if self.method == "reward":
+            return self._judged(self.scores(state.params, _answers(held_out)), held_out["gaps"])
+        sums, weight = self._figures(self.log_probs(state.params, _answers(held_out)), held_out)
+        found = {name: float(sums[name] / weight) for name in ("accuracy", "chosen_fall")}
+        sampled, greedy = evaluate(self.world, self.language, state.params, seed)
+        return {"optimality": sampled, "greedy": greedy, **found}
+
+    def _judged(self, scores: Any, gaps: np.ndarray) -> dict[str, float]:
+        """Accuracy of a reward model, overall and by fifths of the gap of the true scores."""
+        right = np.asarray(scores[:, 0] > scores[:, 1])
+        found = {"accuracy": float(right.mean())}
+        for number in range(5):
+            inside = (gaps > number / 5) & (gaps <= (number + 1) / 5)
+            found[f"accuracy {number + 1}"] = float(right[inside].mean())
+        return found
+
+
+def aligned(world: Walks, method: str, tuned: Any, found: dict[str, list[float]]) -> None:
+    """Improves every seed's model by rollouts; adds optimality to `found`."""
+    trainer = Trainer(world, method, samples=4 if method in GROUPED else 1)
+    for seed, params in tuned.items():
+        start = time.perf_counter()
+        results = trainer.run(params, seed, (640, 1280, 2560))
+        for rollouts, (sampled, greedy) in results.items():
+            found.setdefault(f"{method} {rollouts}", []).append(sampled)
+            found.setdefault(f"{method} {rollouts} greedy", []).append(greedy)
+        shown = ", ".join(f"{n}: {a:.3f} ({b:.3f})" for n, (a, b) in results.items())
+        print(f"seed {seed} {method}: {shown}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def preferred(world: Walks, method: str, tuned: Any, found: dict[str, list[float]]) -> None:
+    """Learns from preferences on every seed's samples; adds figures to `found`."""
+    trainer = Preferences(world, method)
+    for seed, params in tuned.items():
+        start = time.perf_counter()
+        figures = trainer.run(params, seed)
+        for name, value in figures.items():
+            found.setdefault(f"{method} {name}", []).append(value)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        print(f"seed {seed} {method}: {shown}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def checks_of(found: dict[str, list[float]]) -> list[Check]:
+    """The bars, on means over seeds."""
+    means = {name: float(np.mean(values)) for name, values in found.items()}
+    if "reward accuracy" in means:
+        by_gap = [means[f"reward accuracy {number}"] for number in range(1, 6)]
+        means["reward accuracy, least rise by gap"] = float(np.diff(by_gap).min())
+    bars = {
+        "best of 8": 0.86, "ppo 1280": 0.90, "ppo 1280 greedy": 0.97, "ppo 2560": 0.94,
+        "rloo 1280": 0.92, "reward accuracy": 0.97, "reward accuracy, least rise by gap": 0.0,
+        "dpo+nll optimality": 0.80,
+        # The known weakness of plain DPO must show, or the alarm has nothing to look at.
+        "dpo chosen_fall": 10.0,
+    }  # fmt: skip
+    checks = [Check(name, means[name], bar) for name, bar in bars.items() if name in means]
+    if "dpo+nll chosen_fall" in means:
+        fall = means["dpo+nll chosen_fall"]
+        checks.append(Check("dpo+nll chosen_fall", fall, 0.0, at_most=True, unit=" nats"))
+    return checks
+
+
 def main() -> int:
     """Runs all methods on all seeds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", nargs="?", const="goal", choices=("goal", "floor"), default=None)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", default="ppo,rloo", help="of ppo, rloo, grpo, ...")
+    parser.add_argument("--methods", default="ppo,rloo,reward,dpo,dpo+nll", help="commas")
     arguments = parser.parse_args()
     world = random_walks()
     data = np.mean([world.optimality(walk) for walk in world.walks])
@@ -295,25 +457,10 @@ def main() -> int:
             f"seed {seed} tuned: {sampled:.3f} ({greedy:.3f}), best of 8 {best:.3f}, "
             f"{time.perf_counter() - start:.0f} s"
         )
-    marks = (640, 1280, 2560)
     for method in arguments.methods.split(","):
-        trainer = Trainer(world, method, samples=4 if method in GROUPED else 1)
-        for seed in range(arguments.seeds):
-            start = time.perf_counter()
-            results = trainer.run(tuned[seed], seed, marks)
-            for rollouts, (sampled, greedy) in results.items():
-                found.setdefault(f"{method} {rollouts}", []).append(sampled)
-                found.setdefault(f"{method} {rollouts} greedy", []).append(greedy)
-            shown = ", ".join(f"{n}: {a:.3f} ({b:.3f})" for n, (a, b) in results.items())
-            print(f"seed {seed} {method}: {shown}, {time.perf_counter() - start:.0f} s", flush=True)
-    bars = {
-        "best of 8": 0.86, "ppo 1280": 0.90, "ppo 1280 greedy": 0.97, "ppo 2560": 0.94,
-        "rloo 1280": 0.92,
-    }  # fmt: skip
-    checks = [
-        Check(name, float(np.mean(found[name])), bar) for name, bar in bars.items() if name in found
-    ]
-    return finish(checks, arguments.check)
+        pairwise = method == "reward" or method.partition("+")[0] in LOSSES
+        (preferred if pairwise else aligned)(world, method, tuned, found)
+    return finish(checks_of(found), arguments.check)
 
 
 if __name__ == "__main__":
