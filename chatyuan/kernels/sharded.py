@@ -21,7 +21,7 @@ from chatyuan.errors import UserError
 from chatyuan.kernels.attention import dot_product_attention
 from chatyuan.kernels.masks import AttentionMask
 from chatyuan.kernels.relative_bias import AlibiBias, Bias, DenseBias, RelativePositionBias
-from chatyuan.sharding import RULES, describe
+from chatyuan.sharding import RULES, describe, rules_here
 
 Array = jax.Array
 
@@ -62,7 +62,8 @@ def sharded_attention(
     if kv_heads % parts:
         key, value = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (key, value))
 
-    rows, length, heads_axis = RULES["batch"], RULES["length"], RULES["heads"]
+    rules = rules_here()
+    rows, length, heads_axis = rules["batch"], rules["length"], rules["heads"]
     query_spec = PartitionSpec(rows, length, heads_axis)
     key_spec = PartitionSpec(rows, None, heads_axis)
     interval = PartitionSpec(rows, length)

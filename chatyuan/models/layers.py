@@ -3,6 +3,7 @@
 Modules hold `nnx.Param`s only; randomness, caches and masks are arguments.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -49,16 +50,31 @@ def dropout(x: Array, rate: float, key: Array | None, site: int) -> Array:
     Args:
         x: [B, T, D].
         rate: probability of a drop.
-        key: key of this layer and step.
+        key: [B], of this layer and step for each row (`row_keys`): what a row draws depends neither
+            on the rows beside it nor on where they are.
         site: distinguishes the dropouts of one layer.
     """
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(
-        jax.random.fold_in(key, site), 1.0 - rate, (x.shape[0], 1, x.shape[2])
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, (1, x.shape[2])))(
+        fold_in(key, site)
     )
     factor = jnp.where(keep, jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
     return x * factor
+
+
+def row_keys(key: Array | None, rows: int) -> Array | None:
+    """Returns the keys [B] of the rows of a batch, for `dropout`; None stays None."""
+    if key is None:
+        return None
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows, dtype=jnp.int32))
+
+
+def fold_in(keys: Array | None, data: jax.typing.ArrayLike) -> Array | None:
+    """Returns `jax.random.fold_in` of each of the keys [B]; None stays None."""
+    if keys is None:
+        return None
+    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
 
 
 class Linear(nnx.Module):

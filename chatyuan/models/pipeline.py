@@ -9,10 +9,12 @@
    bubble, in which a stage works on rows that nobody will read.
 4. The backward schedule is the derivative of this loop: rows go back along the ring.
 
-Only `stage` is manual in the `jax.shard_map`: data, fsdp, tensor and sequence stay with XLA's
-partitioner. What belongs to a microbatch (mask, positions, the encoder's output) is on all stages
-and looked up by its number, not carried: carrying an encoder's output would add it to every hop,
-each of which the next step waits for, and keep one copy per step for the backward pass.
+`stage` and `data` are manual in the `jax.shard_map`: fsdp, tensor and sequence stay with XLA's
+partitioner. `data` is, so that the copies of a stage sum their gradients once, behind the loop: the
+partitioner would sum them in every step of it. What belongs to a microbatch (mask, positions, the
+encoder's output) is on all stages and looked up by its number, not carried: carrying an encoder's
+output would add it to every hop, each of which the next step waits for, and keep one copy per step
+for the backward pass.
 
 Stored parameters are [X, ...] in the order of the layers, of which a stage has X / S neighbours.
 With R = 1 these are its group. With R > 1 they are exchanged at the start of a pass, and their
@@ -35,6 +37,7 @@ from chatyuan.ops.platform import target_platform
 Array = jax.Array
 Tree = Any
 STAGE = "stage"
+DATA = "data"
 
 
 def stages_of(mesh: Mesh | None) -> int:
@@ -127,12 +130,11 @@ def circulate(
 
     Args:
         group: `(params [X / (S R), ...], index of the first layer, x, rows, common) -> x` for one
-            microbatch.
+            microbatch of a data shard.
         params: stacked over all layers, [X, ...].
         x: [B, T, D].
         rows: pytree of arrays with a leading dimension of rows, cut as `x` is.
-        common: dict of what is the same for all microbatches; `group` finds the microbatch's number
-            beside it as `common["microbatch"]`. Python numbers in it stay what they are.
+        common: what is the same for all microbatches. Python numbers in it stay what they are.
         mesh: with stages.
         microbatches: M.
         repeats: R.
@@ -148,9 +150,9 @@ def circulate(
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, (streamed, arrays))
     ring = [(stage, (stage + 1) % stages) for stage in range(stages)]
 
-    def local(params: Tree, shared: Tree, stage: Array) -> Array:
+    def local(params: Tree, streamed: Tree, arrays: Tree, stage: Array) -> Array:
         stage = stage[0]
-        (slots, rows), arrays = jax.tree.map(_narrow, shared, dtypes)
+        (slots, rows), arrays = jax.tree.map(_narrow, (streamed, arrays), dtypes)
         filled = [
             leaf if array is None else array for leaf, array in zip(leaves, arrays, strict=True)
         ]
@@ -164,8 +166,8 @@ def circulate(
             own = jax.tree.map(lambda leaf: _at(leaf, repeat), params)
             x = jnp.where(stage == 0, _at(slots, microbatch), arrived)
             first = (repeat * stages + stage) * layers
-            here = {**common, "microbatch": microbatch}
-            x = group(own, first, x, jax.tree.map(lambda leaf: _at(leaf, microbatch), rows), here)
+            here = jax.tree.map(lambda leaf: _at(leaf, microbatch), rows)
+            x = group(own, first, x, here, common)
             arrived = jax.lax.ppermute(x, STAGE, ring)
             # Of what comes from the last stage the first one keeps everything, in place of the
             # input that it has used: work for the next repeat, or results.
@@ -176,18 +178,18 @@ def circulate(
 
         ticks = jnp.arange(passes + stages - 1, dtype=jnp.int32)
         (slots, _), _ = jax.lax.scan(step, (slots, jnp.zeros_like(slots[0])), ticks)
-        return jax.lax.psum(_wide(jnp.where(stage == 0, slots, jnp.zeros_like(slots))), STAGE)
+        return slots[None]  # those of the first stage are the results
 
-    whole = PartitionSpec()
+    split, cut = PartitionSpec(STAGE), PartitionSpec(None, DATA)
     out = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(PartitionSpec(STAGE), whole, PartitionSpec(STAGE)),
-        out_specs=whole,
-        axis_names={STAGE},
+        in_specs=(split, cut, PartitionSpec(), split),
+        out_specs=PartitionSpec(STAGE, None, DATA),
+        axis_names={STAGE, DATA},
         check_vma=False,  # as the kernels inside, which do not say where their results differ
-    )(params, jax.tree.map(_wide, (streamed, arrays)), jnp.arange(stages, dtype=jnp.int32))
-    return _joined(out.astype(x.dtype), units)
+    )(params, *jax.tree.map(_wide, (streamed, arrays)), jnp.arange(stages, dtype=jnp.int32))
+    return _joined(out[0], units)
 
 
 def _deal(params: Tree, stage: Array, stages: int, repeats: int) -> Tree:

@@ -17,7 +17,7 @@ from chatyuan.models import pipeline
 from chatyuan.models.attention import Attention
 from chatyuan.models.config import ModelConfig
 from chatyuan.models.initializers import uniform
-from chatyuan.models.layers import Mlp, RMSNorm, dropout, param
+from chatyuan.models.layers import Mlp, RMSNorm, dropout, fold_in, param, row_keys
 from chatyuan.ops.positions import alibi_slopes
 from chatyuan.sharding import constrain_activation
 
@@ -59,7 +59,7 @@ class LayerInputs:
         positions: [B, T] for rotary embedding.
         query_offset: key index of query 0 (see `RelativePositionBias`).
         cross_mask: of cross-attention.
-        dropout_key: of this stack and step, or None.
+        dropout_key: [B], of this stack and step for each row, or None.
         mesh: over which rows, heads and lengths are split; None = one device.
     """
 
@@ -256,7 +256,8 @@ class Stack(nnx.Module):
             kv_len=kv_len,
             implementation=config.attention_implementation,
         )
-        return LayerInputs(mask, bias, positions, query_offset, None, dropout_key, mesh)
+        keys = row_keys(dropout_key, positions.shape[0])
+        return LayerInputs(mask, bias, positions, query_offset, None, keys, mesh)
 
     def __call__(
         self,
@@ -290,25 +291,20 @@ class Stack(nnx.Module):
     def _run_pipeline(self, x_BTD: Array, shared: LayerInputs, encoded_BSD: Array | None) -> Array:
         """Returns the output of the last block, computed on the stages of the mesh.
 
-        The dropout key of a layer depends on its index and on the microbatch's number, not on how
-        many stages there are. Rematerialisation is of a stage's layers together: only its input is
+        Rematerialisation is of a stage's layers together: only its input is
         kept of each microbatch, and the layers' inputs exist for one microbatch at a time.
         """
         config, mesh = self.config, shared.mesh
         graph, stacked = nnx.split(self.layers)
-        rows = (shared.mask, shared.positions, shared.cross_mask, encoded_BSD)
-        common = {"bias": shared.bias, "key": shared.dropout_key}
+        rows = (
+            shared.mask, shared.positions, shared.cross_mask, encoded_BSD, shared.dropout_key
+        )  # fmt: skip
         units = x_BTD.shape[0] if encoded_BSD is None else encoded_BSD.shape[0]
         pipeline.check_pipeline(config, units, mesh)
 
-        def group(params: Any, first: Array, x: Array, rows: tuple, common: dict) -> Array:
-            mask, positions, cross_mask, encoded = rows
-            key = common["key"]
-            if key is not None:
-                key = jax.random.fold_in(key, common["microbatch"])
-            here = LayerInputs(
-                mask, common["bias"], positions, shared.query_offset, cross_mask, key, mesh
-            )
+        def group(params: Any, first: Array, x: Array, rows: tuple, bias: Bias | None) -> Array:
+            mask, positions, cross_mask, encoded, keys = rows
+            here = LayerInputs(mask, bias, positions, shared.query_offset, cross_mask, keys, mesh)
 
             def layer(x: Array, inputs: tuple[Any, Array]) -> tuple[Array, None]:
                 return _layer(nnx.merge(graph, inputs[0]), x, inputs[1], here, encoded), None
@@ -328,7 +324,7 @@ class Stack(nnx.Module):
             nnx.as_pure(stacked),
             x_BTD,
             rows,
-            common,
+            shared.bias,
             mesh=mesh,
             microbatches=pipeline.microbatches_of(config, pipeline.stages_of(mesh)),
             repeats=config.pipeline_repeats,
@@ -343,9 +339,7 @@ def _layer(
     cross = None
     if encoded_BSD is not None:
         cross = lambda attention: attention.keys_values(encoded_BSD, None)  # noqa: E731
-    key = shared.dropout_key
-    layer_key = None if key is None else jax.random.fold_in(key, index)
-    return block(x_BTD, shared, layer_key, cross_keys_values=cross)
+    return block(x_BTD, shared, fold_in(shared.dropout_key, index), cross_keys_values=cross)
 
 
 def _check_memory(config: ModelConfig) -> None:

@@ -19,6 +19,7 @@ from chatyuan.sharding.rules import (
     constrain,
     constrain_activation,
     partition_spec,
+    rules_here,
     shardings,
     with_shardings,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "place",
     "read_collectives",
     "process_rows",
+    "rules_here",
     "shard_batch",
     "shardings",
     "state_shardings",

@@ -36,6 +36,14 @@ RULES: Rules = {
 }
 
 
+def rules_here() -> Rules:
+    """Returns RULES without the mesh axes over which the region being traced is manual already."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if not manual:
+        return RULES
+    return {name: tuple(a for a in axes if a not in manual) for name, axes in RULES.items()}
+
+
 def partition_spec(
     axes: Sequence[str | None],
     mesh: AnyMesh,
@@ -118,9 +126,13 @@ def constrain_activation(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | 
     if mesh is None:
         return x
     spec = partition_spec(
-        axes, mesh, shape=x.shape, name=f"activation {'x'.join(map(str, x.shape))}"
+        axes,
+        mesh,
+        shape=x.shape,
+        name=f"activation {'x'.join(map(str, x.shape))}",
+        rules=rules_here(),
     )
-    # Inside a region that is manual over stages only the mesh of that region may be named.
+    # Inside a region that is manual over some axes only the mesh of that region may be named.
     outer = jax.sharding.get_abstract_mesh()
     place = NamedSharding(outer if outer.manual_axes else mesh, spec)
     return jax.lax.with_sharding_constraint(x, place)
