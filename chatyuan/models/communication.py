@@ -12,6 +12,10 @@ A = one activation [rows, length, D] of a device, N = heads, K = key heads, H = 
   reduce-scatter of their gradients, in each attention.
 - `fsdp` splits the features of the embedding: devices gather token ids and exchange features for
   rows by an all-to-all of A, which is less than the table where a batch is.
+- `stage` (see `chatyuan.models.pipeline`), with M R + S - 1 steps of a schedule: as many hops of
+  A / M per stack and direction, an all-reduce of A behind each stack, one of the gradient of what
+  enters it and one of the encoder's output; what the layers of a stage send inside the loop is sent
+  in the steps of the bubble too. With R > 1 stages exchange layers, and their gradients.
 """
 
 import dataclasses
@@ -20,6 +24,7 @@ from collections.abc import Iterator
 
 import jax
 
+from chatyuan.models import pipeline
 from chatyuan.models.attention import training_implementation
 from chatyuan.models.config import ModelConfig
 from chatyuan.models.model import Model
@@ -42,8 +47,6 @@ def step_communication(
 ) -> list[Collective]:
     """Returns the collectives of one training step. Scalars and vectors per token are left out.
 
-    Pipelining (`stage`) is not in it: see the pipeline.
-
     Args:
         model: of `chatyuan.models.build`.
         placement: of `sharding.place`.
@@ -62,13 +65,19 @@ def step_communication(
     rematerialised = config.remat in ("full", "dots", "offload")
     uses = 2 if config.scan_layers or rematerialised else 1
 
+    pipe = _Pipe.of(config, mesh)
+    # A step of the schedule works with the layers of one repeat.
+    steps = -(-pipe.steps // pipe.repeats)
+
     def use(path: str) -> Use:
         # Both tables sit in a `shard_map` that sums over all devices at once, in float32.
         if path == "token_embedder/embedding":
             return Use(int(config.tie_embeddings), _FLOAT32, joint=True)
         if path == "logits_dense/kernel":
             return Use(1, _FLOAT32, joint=True)
-        return Use(uses if "/layers/" in path else 1, width)
+        if "/layers/" in path:
+            return Use(uses * steps, width, sums=steps)
+        return Use(1, width)
 
     found = parameter_communication(
         model.abstract_params(),
@@ -78,26 +87,56 @@ def step_communication(
         use=use,
         reduce_scatter=optimized,
     )
-    activations = _Activations(model.config, mesh, rows // microbatches, width, optimized)
+    passed = rows // microbatches
+    outside = _Activations(config, mesh, passed, width, optimized, pipe)
+    inside = dataclasses.replace(outside, rows=passed // pipe.microbatches)
+    decoder, lengths = pipe.runs(config.num_decoder_layers), (input_length,)
     if config.architecture == "prefix_lm":
-        one = [*activations.stack(config.num_decoder_layers, input_length, platform)]
-        one += activations.embedding(input_length)
-        one += activations.loss(input_length)
+        one = [*inside.stack(decoder, input_length, platform)]
     else:
-        one = [*activations.stack(config.num_encoder_layers, input_length, platform)]
-        one += activations.stack(config.num_decoder_layers, target_length, platform)
-        one += activations.cross(input_length, target_length)
-        one += activations.embedding(input_length)
-        one += activations.embedding(target_length)
-        one += activations.loss(target_length)
+        lengths = (input_length, target_length)
+        one = [*inside.stack(pipe.runs(config.num_encoder_layers), input_length, platform)]
+        one += inside.stack(decoder, target_length, platform)
+        one += inside.cross(decoder, input_length, target_length)
         if not optimized:
-            one += activations.second_lookup()
+            one += outside.second_lookup()
+    for length in lengths:
+        one += outside.embedding(length)
+    one += outside.loss(lengths[-1])
+    one += outside.pipeline(lengths, model)
     found += [
         dataclasses.replace(c, times=c.times * microbatches)
         for c in one
         if c.devices > 1 and c.times
     ]
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pipe:
+    """The schedule of `chatyuan.models.pipeline`."""
+
+    stages: int
+    microbatches: int
+    repeats: int
+
+    @property
+    def steps(self) -> int:
+        return self.microbatches * self.repeats + self.stages - 1
+
+    def runs(self, layers: int) -> int:
+        """How often a stage runs one layer on one microbatch, the bubble included."""
+        return self.steps * layers // (self.stages * self.repeats)
+
+    @staticmethod
+    def of(config: ModelConfig, mesh: AnyMesh) -> "_Pipe":
+        """Without stages one step of one microbatch, with all layers."""
+        stages = mesh.shape[pipeline.STAGE]
+        if stages == 1:
+            return _Pipe(1, 1, 1)
+        return _Pipe(
+            stages, pipeline.microbatches_of(config, stages), config.pipeline_repeats
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +148,35 @@ class _Activations:
     rows: int
     width: int
     optimized: bool
+    pipe: _Pipe
+
+    def pipeline(self, lengths: tuple[int, ...], model: Model) -> Iterator[Collective]:
+        """What the stages send each other: rows, results, and the layers that they exchange."""
+        pipe = self.pipe
+        for length in lengths:
+            stream = self._stream(length)
+            hops = 2 * pipe.steps
+            yield self._over("stage", "collective-permute", stream // pipe.microbatches, hops)
+            yield self._over("stage", "all-reduce", stream, 2)
+        yield self._over("stage", "all-reduce", self._stream(lengths[0]), len(lengths) - 1)
+        if pipe.repeats > 1:
+            exchanges = 2 * (pipe.stages - 1)
+            yield self._over("stage", "collective-permute", self._dealt(model), exchanges)
+
+    def _dealt(self, model: Model) -> int:
+        """Bytes of layers, float32, that a stage sends to one other (`pipeline._deal`)."""
+        repeats, stages = self.pipe.repeats, self.pipe.stages
+        leaves = zip(
+            jax.tree.leaves(model.abstract_params()),
+            jax.tree.leaves(model.logical_axes(), is_leaf=lambda x: isinstance(x, tuple)),
+            strict=True,
+        )
+        size = sum(
+            leaf.size // math.prod(self.mesh.shape[a] for name in axes for a in RULES[name])
+            for leaf, axes in leaves
+            if axes[0] == "layers"
+        )
+        return size * _FLOAT32 * -(-repeats // stages) // repeats
 
     def embedding(self, length: int) -> Iterator[Collective]:
         """A lookup and its gradient."""
@@ -143,9 +211,8 @@ class _Activations:
         if training_implementation(config, length, platform)[0] == "dense":
             yield from self._dense_bias(layers, length)
 
-    def cross(self, input_length: int, target_length: int) -> Iterator[Collective]:
-        """Cross-attention of all decoder layers: queries of the decoder, keys of the encoder."""
-        layers = self.config.num_decoder_layers
+    def cross(self, layers: int, input_length: int, target_length: int) -> Iterator[Collective]:
+        """Cross-attention of decoder layers: queries of the decoder, keys of the encoder."""
         again = 2 if self.config.remat in ("full", "offload") else 1
         yield from self._behind_matrix(target_length, layers * again)
         yield from self._before_matrices(target_length, layers * again, layers, (1,))
@@ -192,9 +259,12 @@ class _Activations:
             return
         heads = self.config.num_heads // self.mesh.shape["tensor"]
         size = heads * length * length // self.mesh.shape["sequence"] * _FLOAT32
-        axes = tuple(a for a in RULES["batch"] if self.mesh.shape[a] > 1)
+        # A pipeline adds up the layers of all stages before it sums.
+        split = self.pipe.stages > 1
+        axes = (*RULES["batch"], pipeline.STAGE) if split else RULES["batch"]
+        axes = tuple(a for a in axes if self.mesh.shape[a] > 1)
         devices = math.prod(self.mesh.shape[a] for a in axes)
-        yield Collective("all-reduce", axes, size, devices, layers)
+        yield Collective("all-reduce", axes, size, devices, 1 if split else layers)
 
     @property
     def _sequence_parallel(self) -> int:

@@ -18,8 +18,8 @@ for the backward pass.
 
 Stored parameters are [X, ...] in the order of the layers, of which a stage has X / S neighbours.
 With R = 1 these are its group. With R > 1 they are exchanged at the start of a pass, and their
-gradients at its end: `_deal`, an all-to-all in which a stage sends to each of the S - 1 others
-ceil(R / S) groups of X / (R * S) layers.
+gradients at its end: `_deal`, in which a stage sends to each of the S - 1 others ceil(R / S) groups
+of X / (R * S) layers.
 """
 
 from collections.abc import Callable
@@ -201,19 +201,29 @@ def _deal(params: Tree, stage: Array, stages: int, repeats: int) -> Tree:
     if repeats == 1:
         return jax.tree.map(lambda leaf: leaf[None], params)
     most = -(-repeats // stages)
-    to = np.arange(stages, dtype=np.int32)[:, None]
-    nth = np.arange(most, dtype=np.int32)[None, :]
-    # Of the own groups, the nth that stage `to` wants; what does not exist is not looked at there.
-    sent = jnp.minimum((to - stage * repeats) % stages + nth * stages, repeats - 1)
+    nth = np.arange(most, dtype=np.int32)
     wanted = np.arange(repeats, dtype=np.int32) * stages + stage
     source, place = wanted // repeats, wanted % repeats // stages
 
     def one(leaf: Array) -> Array:
         groups = leaf.reshape(repeats, -1, *leaf.shape[1:])
-        received = jax.lax.all_to_all(groups[sent], STAGE, split_axis=0, concat_axis=0)
-        return received[source, place]
+        received = []
+        # An all-to-all; XLA makes whole what `tensor` splits before it runs one of those.
+        for shift in range(stages):
+            to = (stage + shift) % stages
+            # Of the own groups, the nth that stage `to` wants; the last where there is none.
+            sent = jnp.minimum((to - stage * repeats) % stages + nth * stages, repeats - 1)
+            ring = [(s, (s + shift) % stages) for s in range(stages)]
+            chosen = _chosen(groups, sent)
+            received.append(jax.lax.ppermute(chosen, STAGE, ring) if shift else chosen)
+        return _chosen(jnp.concatenate(received), (stage - source) % stages * most + place)
 
     return jax.tree.map(one, params)
+
+
+def _chosen(groups: Array, indices: Array) -> Array:
+    """`groups[indices]`, by slices: of a gather XLA would make whole what `tensor` splits."""
+    return jnp.stack([_at(groups, indices[i]) for i in range(indices.shape[0])])
 
 
 def _cut(leaf: Array, microbatches: int, units: int) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 
 from chatyuan import sharding
 from chatyuan.errors import UserError
-from chatyuan.models import Model
+from chatyuan.models import Model, pipeline
 from chatyuan.models.communication import step_communication
 from chatyuan.models.config import flops_per_example
 from chatyuan.planning.activations import row_lengths
@@ -56,7 +56,7 @@ class Choice:
         mesh: as `MESH` is written.
         memory: of one device.
         sent: wire bytes that a device sends a step, by kind of collective.
-        compute: seconds of a step at the stated MFU.
+        compute: seconds of a step at the stated MFU, a pipeline's bubble included.
         communication: seconds of its collectives at the links' full rate.
         fits: whether the memory suffices.
         largest_batch: the largest power-of-two multiple of sequences that fits; 0 = none.
@@ -108,6 +108,7 @@ def evaluate(name: str, mesh: dict[str, int], strategy: ShardingConfig, job: Job
     try:
         abstract = sharding.abstract_mesh(mesh, job.count)
         sharding.check_batch(job.batch_size, abstract, job.microbatches)
+        pipeline.check_pipeline(job.model.config, job.batch_size // job.microbatches, abstract)
 
         def at(batch_size: int) -> Any:
             return predict(
@@ -152,12 +153,16 @@ def evaluate(name: str, mesh: dict[str, int], strategy: ShardingConfig, job: Job
     sent: dict[str, float] = {}
     for collective in collectives:
         sent[collective.kind] = sent.get(collective.kind, 0.0) + collective.wire_bytes
+    config, stages = job.model.config, pipeline.stages_of(abstract)
+    bubble = pipeline.bubble_fraction(
+        stages, pipeline.microbatches_of(config, stages), config.pipeline_repeats
+    )
     return Choice(
         name,
         mesh,
         memory=memory,
         sent=sent,
-        compute=job.flops / (job.count * job.device.peak * job.mfu),
+        compute=job.flops / (job.count * job.device.peak * job.mfu) / (1 - bubble),
         communication=seconds,
         fits=memory.total <= limit,
         largest_batch=largest,

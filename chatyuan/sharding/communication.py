@@ -75,12 +75,14 @@ class Use:
             the gradient of a part stays with it.
         width: bytes per value while the parameter is gathered and its gradient reduced: those of
             the compute dtype where it is cast first. Updates always take the array's own.
+        sums: how often it sums the gradient, except over `data`, over which it does so once.
         joint: whether gradients are summed over rows and over lengths at once. XLA does one after
             the other behind a matrix product.
     """
 
     gathers: int = 2
     width: int = 4
+    sums: int = 1
     joint: bool = False
 
 
@@ -150,8 +152,12 @@ def _of_one(
     ):
         rows = [a for a in axes if use.joint or a in RULES["batch"]]
         for group in (rows, [a for a in axes if a not in rows]):
-            if group:
-                yield collective(kind, group, left, use.width, times)
+            copies = [a for a in group if a == "data" and use.sums > 1]
+            inner = [a for a in group if a not in copies]
+            if inner:
+                yield collective(kind, inner, left, use.width, times * use.sums)
+            if copies:
+                yield collective(kind, copies, left, leaf.dtype.itemsize, times)
             if kind == "reduce-scatter":
                 left //= _count(group, mesh)
         if axes is scattered and kind == "all-reduce":

@@ -54,6 +54,12 @@ STRATEGIES = {
     "tensor": Strategy({"data": 2, "tensor": 4}, (4, 4, 4)),
     "sequence": Strategy({"data": 2, "tensor": 4}, (4, 4, 4), model={"sequence_parallel": True}),
     "context": Strategy({"data": 2, "sequence": 4}, (1, 1, 1)),
+    "pipeline": Strategy({"data": 4, "stage": 2}, None, microbatches=2),
+    "pipeline_context": Strategy({"data": 2, "sequence": 2, "stage": 2}, None),
+    "pipeline_circular": Strategy(
+        {"data": 2, "tensor": 2, "stage": 2}, None,
+        model={"pipeline_repeats": 2, "num_encoder_layers": 4, "num_decoder_layers": 4},
+    ),
     "adaptive": Strategy({"fsdp": 8}, None, Zero(memory_budget=300e3 / 2**30)),
     "everything": Strategy(
         {"data": 2, "fsdp": 2, "tensor": 2}, (4, 8, 8), Zero(2), 2,
@@ -84,9 +90,10 @@ def batch(architecture: str) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def weights(architecture: str) -> dict:
+def weights(architecture: str, layers: int = 2) -> dict:
     """The same parameters for every strategy, on the host."""
-    model = build(dataclasses.replace(TINY, architecture=architecture))
+    changes = {"num_encoder_layers": layers, "num_decoder_layers": layers}
+    model = build(dataclasses.replace(TINY, architecture=architecture, **changes))
     return jax.device_get(model.init(jax.random.key(0)))
 
 
@@ -104,7 +111,8 @@ def run(name: str, architecture: str, microbatches: int | None = None) -> Result
     optimizer = make_optimizer(OptimizerConfig("adamw", eps=1e-2), schedule, params, axes)
     initialise = functools.partial(init_state, optimizer=optimizer, ema=True)
     placement = sharding.place(jax.eval_shape(initialise, params), axes, mesh, strategy.config)
-    start = jax.device_put(weights(architecture), placement.state.params)
+    host = weights(architecture, model.config.num_decoder_layers)
+    start = jax.device_put(host, placement.state.params)
     state = jax.jit(initialise, out_shardings=placement.state, compiler_options=QUICK)(start)
     rows = sharding.shard_batch(batch(architecture), mesh)
     loss_fn = supervised_loss(model, mesh=mesh)
