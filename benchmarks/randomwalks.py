@@ -274,21 +274,25 @@ def evaluate(world: Walks, model: Any, params: Any, seed: int) -> tuple[float, f
     return float(sampled.mean()), float(greedy.mean())
 
 
-def pairs_of(world: Walks, params: Any, seed: int, count: int, offset: int) -> dict[str, Any]:
+def pairs_of(world: Walks, params: Any, seed: int, count: int, turn: int) -> dict[str, Any]:
     """`count` pairs of the model's samples for the same start, the one with the better score first.
 
     Args:
       world: the task.
       params: of the tuned model.
       seed: of the draws and of the choice.
-      count: how many pairs.
-      offset: of the draws' prompt ids, so that training and held-out pairs are drawn apart.
+      count: how many pairs, of 512 samples a start.
+      turn: 1, 2, ...: other samples each time; those of 0 are evaluated.
     """
     prompts, lengths = prompts_of(world.starts)
-    ids = np.arange(offset, offset + len(prompts), dtype=np.uint32)
-    answers = jax.device_get(_judges(seed, 64)[0](params, prompts, lengths, ids).answers)
-    scores = scores_of(world, prompts, answers.tokens, answers.lengths)
-    rng = np.random.default_rng((seed, offset))
+    draw, drawn = _judges(seed, 64)[0], []
+    for number in range(8 * turn, 8 * turn + 8):
+        ids = np.arange(len(prompts), dtype=np.uint32) + np.uint32(number * len(prompts))
+        drawn.append(jax.device_get(draw(params, prompts, lengths, ids).answers))
+    tokens = np.concatenate([answers.tokens for answers in drawn], axis=1)
+    counts = np.concatenate([answers.lengths for answers in drawn], axis=1)
+    scores = scores_of(world, prompts, tokens, counts)
+    rng = np.random.default_rng((seed, turn))
     starts = rng.integers(0, len(prompts), 8 * count)
     two = rng.integers(0, scores.shape[1], (8 * count, 2))
     gaps = scores[starts, two[:, 0]] - scores[starts, two[:, 1]]
@@ -298,8 +302,8 @@ def pairs_of(world: Walks, params: Any, seed: int, count: int, offset: int) -> d
     return {
         "prompts": prompts[start[:, 0]],
         "prompt_lengths": lengths[start[:, 0]],
-        "tokens": answers.tokens[start, two],
-        "lengths": answers.lengths[start, two],
+        "tokens": tokens[start, two],
+        "lengths": counts[start, two],
         "gaps": gaps[better].astype(np.float32),
     }
 
@@ -353,8 +357,8 @@ class Preferences:
     def run(self, tuned: Any, seed: int) -> dict[str, float]:
         """Returns the figures of held-out pairs, by name; of a loss the optimality too."""
         pairs, held_out = (
-            pairs_of(self.world, tuned, seed, count, offset)
-            for count, offset in ((4096, 100), (1024, 200))
+            pairs_of(self.world, tuned, seed, count, turn)
+            for turn, count in ((1, self.steps * self.batch), (2, 4096))
         )
         params = jax.tree.map(jnp.copy, tuned)
         if self.method == "reward":

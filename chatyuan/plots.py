@@ -230,8 +230,10 @@ def _loss(rows: Sequence[Mapping[str, Any]]) -> Any:
     shown = [values, *(v for _, _, v in held_out)]
     if max(map(len, shown)) < 2:
         return None
-    of_policy = bool(series(rows, "policy_loss")[1])
-    label = "of policy and critic" if of_policy else "cross entropy per target token (nats)"
+    kinds = {"policy_loss": "of policy and critic", "reward_margin": "of pairs of answers",
+             "score_margin": "of pairs of answers"}  # fmt: skip
+    known = [label for name, label in kinds.items() if series(rows, name)[1]]
+    label = known[0] if known else "cross entropy per target token (nats)"
     figure, axes = _figure("Loss", label)
     if len(values) >= 2:
         _curve(axes, steps, values, "training", BLUE)
