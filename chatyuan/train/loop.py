@@ -142,7 +142,8 @@ def fit(
       config: see LoopConfig.
       state: has `step` and `params`; its buffers are donated to `train_step`.
       train_step: `(state, batch[, active_microbatches]) -> (state, {name: (sum, weight)})`, whose
-        metrics stay on the device. `nonfinite_steps` above 0 marks a step without finite gradient,
+        metrics stay on the device. It raises UserError or RunFailed before it has touched the
+        state, which is then saved. `nonfinite_steps` above 0 marks a step without finite gradient,
         names ending in `_tokens` count tokens.
       batches: `start_step -> iterator` over device-ready batches, the first being the one of step
         `start_step` (counted from 0). Its `close` is called at the end if it has one.
@@ -372,8 +373,12 @@ class _Run:
             extra = (self.active_microbatches(step + self.guard.skipped),)
         # Once compiled, a step that moves anything from the host by accident is an error.
         guard = contextlib.nullcontext() if self.first else _no_transfers()
-        with guard:
-            state, metrics = self.train_step(state, batch, *extra)
+        try:
+            with guard:
+                state, metrics = self.train_step(state, batch, *extra)
+        except (UserError, RunFailed):  # refused before anything was done: the state is whole
+            self._rescue(state, step)
+            raise
         before, self.pending = self.pending, metrics
         if before is not None:
             self._read(before, step)
@@ -512,6 +517,18 @@ class _Run:
         loop = {**self.window.stored(), "guard": self.guard.stored()}
         meta = {**self.meta, "data": {"step": step + self.guard.skipped}, "loop": loop}
         self.checkpointer.save(step, state, meta, figures)
+
+    def _rescue(self, state: PyTree, step: int) -> None:
+        """Saves the state of a run that cannot do its next step, unless it is saved already."""
+        self._drain(step)
+        saver = self.checkpointer
+        if saver is None or step == 0:
+            return
+        saver.wait()
+        if saver.latest_step() != step:
+            self._save(state, step, {})
+            saver.wait()
+        self.writer.say(f"The state of step {step:,} is saved in {saver.directory / str(step)}.")
 
     def _interrupt(self, signum: int, step: int) -> None:
         """Waits for the checkpoint of `step` and raises Interrupted."""

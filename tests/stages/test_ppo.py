@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -35,24 +36,6 @@ TIMES = [f"{phase}_tokens_per_second" for phase in ("rollout", "score", "update"
 def brief(answer_tokens):
     """Fewer tokens score more."""
     return [-len(tokens) for tokens in answer_tokens]
-
-
-def long_texts(prompts, answers):
-    """Characters beyond those of the prompt."""
-    return np.array([len(b) - len(a) for a, b in zip(prompts, answers, strict=True)])
-
-
-WRONG = {"value": None}
-
-
-def wrong(answers):
-    """NaN, too few, or an exception, as told."""
-    value = WRONG["value"]
-    if value == "few":
-        return [0.0]
-    if value == "raise":
-        raise KeyError("no such file")
-    return [float(len(a)) if value is None else value for a in answers]
 
 
 def untimed(folder):
@@ -199,29 +182,30 @@ def test_a_dry_run_shows_prompts_and_costs_and_writes_nothing(ppo, trained, caps
     assert not (ppo.root / "ppo_dry").exists()
 
 
-@pytest.mark.parametrize(
-    "value,status,words",
-    [(math.nan, 2, "returned nan"), ("few", 2, "16 answers"), ("raise", 1, "KeyError")],
-)
-def test_a_wrong_reward_function_loses_nothing(ppo, value, status, words, capsys, monkeypatch):
-    name = f"ppo_wrong_{value}"
-    settings = {"function": "test_ppo:wrong", "CHECKPOINT_PERIOD": 1, "EVAL_PERIOD": 0,
-                "TRAIN_STEPS": 2}  # fmt: skip
-    real = Iteration.__call__
+def test_a_wrong_reward_function_loses_nothing(ppo, whole, trained, capsys, monkeypatch):  # noqa: F811
+    """What was learned before it is saved, whenever a checkpoint was due; a mended one goes on."""
+    faults = {1: lambda scores: [math.nan, *scores[1:]], 2: lambda scores: scores[:-1]}
+    real, count = brief, [0]
 
-    def call(self, state, batch):
-        WRONG["value"] = value if int(state.step) == 1 else None
-        return real(self, state, batch)
+    def faulty(answer_tokens):
+        count[0] += 1
+        scores = real(answer_tokens)
+        # An evaluation and one step go well.
+        return faults[step](scores) if count[0] > 2 else scores
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Iteration, "__call__", call)
-        assert ppo(name, **settings) == status
-    told = capsys.readouterr().err
-    assert words in told and "Nothing was learned from this batch" in told, told
-    assert [path.name for path in (ppo.root / name / "checkpoints").iterdir()] == ["1"]
-    WRONG["value"] = None
-    assert ppo(name, **settings) == 0
-    assert [row["step"] for row in rows(ppo.root / name / "metrics.jsonl") if "kl" in row] == [1, 2]
+    command = {"REWARD_FROM": trained, **STATEFUL, "CHECKPOINT_PERIOD": 100}
+    monkeypatch.setattr(sys.modules["test_ppo"], "brief", faulty)
+    for step, words in ((1, "returned nan"), (2, "shape (15,) for 16 answers")):
+        count[0] = 0
+        assert ppo("ppo_faulty", **command) == 2
+        captured = capsys.readouterr()
+        assert words in captured.err and "Nothing was learned from this batch" in captured.err
+        assert f"The state of step {step} is saved" in captured.out
+        saved = {path.name for path in (ppo.root / "ppo_faulty" / "checkpoints").iterdir()}
+        assert str(step) in saved and str(step + 1) not in saved
+    monkeypatch.setattr(sys.modules["test_ppo"], "brief", real)
+    assert ppo("ppo_faulty", **command) == 0
+    assert_same_run(whole, ppo.root / "ppo_faulty", 4)
 
 
 def test_mistakes_are_told_before_anything_is_written(ppo, shop, tuned, trained, capsys):  # noqa: F811
@@ -296,6 +280,46 @@ def test_a_run_goes_on_with_the_models_it_began_with_alone(ppo, whole, trained, 
     told = capsys.readouterr().err
     assert "another checkpoint as policy and reference" in told
     assert rows(whole / "metrics.jsonl")[-1]["step"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "'rloo'", "epochs": 1},
+        {"method": "'grpo'", "zero_spread": "'drop'"},
+        {"method": "'remax'", "scale_rewards": "'running'", "clip_reward": 2.0},
+        {"method": "'reinforce_pp'", "no_end_score": -20.0},
+        {"method": "'best_of_n'"},
+        {"method": "'online_dpo'"},
+        {"critic": "'separate'", "critic_warmup": 1, "reference_layers": 1, "stop_kl": 0.5},
+    ],
+    ids=lambda settings: "_".join(f"{v}".strip("'") for v in settings.values()),
+)
+def test_every_method_is_a_run(ppo, settings, request):
+    """Its own mathematics is tested in tests/align; here it is found, runs and is resumed."""
+    name = f"ppo_{request.node.callspec.id}"
+    align = {f"AlignConfig__{key}": value for key, value in settings.items()}
+    assert ppo(name, **align, TRAIN_STEPS=2) == 0
+    found = rows(ppo.root / name / "metrics.jsonl")
+    assert all(math.isfinite(row["loss"]) for row in found[1:])
+    assert found[-1]["eval/kl"] != 0
+    assert ppo(name, **align, TRAIN_STEPS=3) == 0
+
+
+@pytest.mark.slow
+def test_a_pretraining_mixture_adds_its_gradient(ppo, shop):
+    lines = [
+        "from __gin__ import dynamic_registration", "from chatyuan.data import loader",
+        "from chatyuan.stages import ppo", "ppo.Config.ptx = @ptx/loader.DataConfig()",
+        f"ptx/loader.DataConfig.mixture = '{shop.text}'", "ptx/loader.DataConfig.pack = True",
+        "ptx/loader.DataConfig.batch_size = 16",
+    ]  # fmt: skip
+    write_lines(shop.root / "ptx.gin", lines)
+    file = f"--gin_file={shop.root / 'ptx.gin'}"
+    assert ppo("ppo_ptx", file, TRAIN_STEPS=2, AlignConfig__ptx_coef=0.5) == 0
+    for row in rows(ppo.root / "ppo_ptx" / "metrics.jsonl")[1:]:
+        assert row["ptx_loss"] > 0 and row["ptx_grad_norm"] > 0
 
 
 @pytest.mark.slow
