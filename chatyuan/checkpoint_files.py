@@ -111,12 +111,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def remove(folder: pathlib.Path) -> None:
-    """Deletes a committed checkpoint so that a kill half-way cannot leave a broken one behind."""
+def discard(folder: pathlib.Path) -> None:
+    """Renames a committed checkpoint to STEP.deleted, for `clean` to delete.
+
+    A kill half-way through a deletion cannot leave a broken checkpoint behind then.
+    """
     aside = folder.with_name(folder.name + DELETED)
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def set_aside(folder: pathlib.Path) -> None:
@@ -130,11 +132,11 @@ def set_aside(folder: pathlib.Path) -> None:
         warn(f"the damaged checkpoint {folder} cannot be renamed ({error}); delete it by hand.")
 
 
-def clean(directory: pathlib.Path) -> None:
-    """Removes what a killed process left half written or half deleted."""
+def clean(directory: pathlib.Path, endings: tuple[str, ...] = (TMP, DELETED)) -> None:
+    """Deletes what was given up, and what a killed process left half written or half deleted."""
     if directory.is_dir():
         for path in directory.iterdir():
-            if path.name.endswith((TMP, DELETED)):
+            if path.name.endswith(endings):
                 shutil.rmtree(path, ignore_errors=True)
 
 

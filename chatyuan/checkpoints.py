@@ -32,6 +32,7 @@ import jax
 from chatyuan import __version__, distributed
 from chatyuan.checkpoint_arrays import check_arrays, named_leaves, nest, orbax, read_arrays
 from chatyuan.checkpoint_files import (
+    DELETED,
     FOLDER,
     META,
     STATE,
@@ -40,12 +41,12 @@ from chatyuan.checkpoint_files import (
     check_writable,
     clean,
     committed_steps,
+    discard,
     disk_reason,
     first_few,
     free_space,
     quietly,
     read_json,
-    remove,
     set_aside,
     sync,
     verified_meta,
@@ -219,7 +220,7 @@ class Checkpointer:
         size = sum(a.size * a.dtype.itemsize for a in arrays.values())
         try:
             if _primary():
-                clean(self.directory)
+                clean(self.directory, (TMP,))
                 tmp.mkdir(parents=True)
             self._writer().save(tmp / STATE, args=orbax().args.PyTreeSave(nest(arrays)))
         except Exception as error:
@@ -246,10 +247,14 @@ class Checkpointer:
             if self._orbax is not None:
                 self._orbax.close()
                 self._orbax = None
+                if _primary():
+                    clean(self.directory)
 
     def _commit(self, step: int, meta: str, size: int) -> None:
-        """Background thread: waits for the arrays, adds meta and sums, renames, prunes."""
+        """Background thread: deletes, waits for the arrays, adds meta and sums, renames, prunes."""
         try:
+            if _primary():
+                clean(self.directory, (DELETED,))
             self._writer().wait_until_finished()
             if not _primary():
                 return
@@ -257,7 +262,7 @@ class Checkpointer:
             (tmp / META).write_text(meta + "\n", encoding="utf-8")
             write_inventory(tmp, self.config.checksums)
             if final.exists():
-                remove(final)
+                discard(final)
             os.rename(tmp, final)
             sync(self.directory)
             self._metas[step] = json.loads(meta)
@@ -287,7 +292,12 @@ class Checkpointer:
         )
 
     def _prune(self) -> None:
-        """Removes the checkpoints that no rule keeps."""
+        """Gives up the checkpoints that no rule keeps.
+
+        They are deleted when the next save begins: its files take the memory in which the kernel
+        still holds theirs. Memory that was free for some seconds can cost six times as much to
+        write to, where a virtual machine has handed it back meanwhile.
+        """
         steps = self.steps()
         wanted = set(steps[-self.config.keep :])
         best = self.best()
@@ -298,7 +308,7 @@ class Checkpointer:
             wanted.update(newest_of_day.values())
         for step in steps:
             if step not in wanted:
-                remove(self.directory / str(step))
+                discard(self.directory / str(step))
                 self._metas.pop(step, None)
 
     def _writer(self) -> Any:
