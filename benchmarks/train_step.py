@@ -244,11 +244,10 @@ def make_t5x(
     return System(step, common.versions("jax", "flax", "optax"))
 
 
-def make_hf(weights: dict[str, np.ndarray], batch: dict[str, np.ndarray], optimizer: str) -> System:
-    """Hugging Face's T5 in eager torch; Adafactor is the one of transformers, AdamW torch's."""
+def hf_model(weights: dict[str, np.ndarray]) -> Any:
+    """Hugging Face's T5 in eager torch with the neutral weights, head and embedding apart."""
     import torch
     import transformers
-    from transformers.optimization import Adafactor
 
     config = transformers.T5Config(
         vocab_size=VOCAB_SIZE, d_model=EMBED_DIM, d_kv=HEAD_DIM, d_ff=MLP_DIM, num_heads=NUM_HEADS,
@@ -282,8 +281,17 @@ def make_hf(weights: dict[str, np.ndarray], batch: dict[str, np.ndarray], optimi
                 for part in parts:
                     load(f"{there}.{module}.{part}.weight", weights[f"{here}.{part}"].T)
     assert not left, f"not loaded: {sorted(left)}"
+    assert sum(p.numel() for p in model.parameters()) == sum(w.size for w in weights.values())
+    return model
+
+
+def make_hf(weights: dict[str, np.ndarray], batch: dict[str, np.ndarray], optimizer: str) -> System:
+    """Hugging Face's T5 in eager torch; Adafactor is the one of transformers, AdamW torch's."""
+    import torch
+    from transformers.optimization import Adafactor
+
+    model = hf_model(weights)
     parameters = list(model.parameters())
-    assert sum(p.numel() for p in parameters) == sum(w.size for w in weights.values())
     if optimizer == "adamw":
         update = torch.optim.AdamW(parameters, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     else:
@@ -303,6 +311,16 @@ def make_hf(weights: dict[str, np.ndarray], batch: dict[str, np.ndarray], optimi
     model.train()
     threads = f"{torch.get_num_threads()} threads"
     return System(step, f"{common.versions('torch', 'transformers')}, {threads}")
+
+
+def our_config(**changes: Any) -> Any:
+    """Our configuration of the model; `changes` are further fields of it."""
+    from chatyuan.models import ModelConfig
+
+    return ModelConfig(
+        vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, mlp_dim=MLP_DIM, num_heads=NUM_HEADS,
+        head_dim=HEAD_DIM, num_encoder_layers=NUM_LAYERS, num_decoder_layers=NUM_LAYERS, **changes,
+    )  # fmt: skip
 
 
 def our_parameters(weights: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -358,17 +376,14 @@ def make_ours(
 
     _host.imported()
 
-    from chatyuan.models import ModelConfig, build
+    from chatyuan.models import build
     from chatyuan.models.loss import LossConfig, supervised_loss
     from chatyuan.train.optimizers import OptimizerConfig, make_optimizer
     from chatyuan.train.schedules import ScheduleConfig, make_schedule
     from chatyuan.train.state import init_state
     from chatyuan.train.step import make_train_step
 
-    config = ModelConfig(
-        vocab_size=VOCAB_SIZE, embed_dim=EMBED_DIM, mlp_dim=MLP_DIM, num_heads=NUM_HEADS,
-        head_dim=HEAD_DIM, num_encoder_layers=NUM_LAYERS, num_decoder_layers=NUM_LAYERS, **changes,
-    )  # fmt: skip
+    config = our_config(**changes)
     model = build(config)
     loss_fn = supervised_loss(model, LossConfig(z_loss=Z_LOSS))
     schedule = make_schedule(ScheduleConfig(name="constant", learning_rate=LEARNING_RATE))
