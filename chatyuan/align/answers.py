@@ -9,6 +9,7 @@ The contract of every array here, for an answer y1..yn whose last token is the e
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 from chatyuan.models.reward import RewardModel
-from chatyuan.ops.linear_cross_entropy import token_log_probs
+from chatyuan.ops.linear_cross_entropy import (
+    token_log_probs,
+    token_log_probs_and_entropies,
+    token_loss_sum,
+)
 from chatyuan.ops.policy_losses import entropy
 
 
@@ -171,18 +176,65 @@ def token_scores(
       temperature: that of sampling.
       mesh: as there.
     """
+    head, options = _head_of(module, hidden_BGTD, answers, temperature, mesh)
+    log_probs = token_log_probs(*head, **options).reshape(answers.tokens.shape)
+    return jnp.where(answers.mask, log_probs, 0.0)
+
+
+def token_scores_and_entropies(
+    module: Any,
+    hidden_BGTD: Array,
+    answers: Answers,
+    temperature: float = 1.0,
+    mesh: Mesh | None = None,
+) -> tuple[Array, Array]:
+    """Returns `token_scores` and the entropies of the distributions, float32 `[B, G, T]`, nats.
+
+    Arguments as there; no gradient passes.
+    """
+    head, options = _head_of(module, hidden_BGTD, answers, temperature, mesh)
+    both = token_log_probs_and_entropies(*head, **options)
+    return tuple(jnp.where(answers.mask, x.reshape(answers.tokens.shape), 0.0) for x in both)
+
+
+def token_loss(
+    function: Callable[..., Array],
+    constants: Sequence[Array],
+    module: Any,
+    hidden_BGTD: Array,
+    answers: Answers,
+    temperature: float = 1.0,
+    mesh: Mesh | None = None,
+) -> tuple[Array, Array]:
+    """Returns the sum over tokens of a function of each one's score, and `token_scores`.
+
+    Args:
+      function: see `chatyuan.ops.linear_cross_entropy.token_loss_sum`; it must give 0 past the end.
+      constants: `[B, G, T]` each.
+      module: as in `token_scores`, like all that follow.
+      hidden_BGTD: as there.
+      answers: as there.
+      temperature: as there.
+      mesh: as there.
+    """
+    head, options = _head_of(module, hidden_BGTD, answers, temperature, mesh)
+    rows = [x.reshape(head[-1].shape) for x in constants]
+    total, log_probs = token_loss_sum(function, *head, rows, **options)
+    return total, jnp.where(answers.mask, log_probs.reshape(answers.tokens.shape), 0.0)
+
+
+def _head_of(
+    module: Any, hidden_BGTD: Array, answers: Answers, temperature: float, mesh: Mesh | None
+) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
+    """What the functions of the head read: (states, head, tokens), and their options."""
     hidden_BGTD = module.head_inputs(hidden_BGTD)
     if temperature != 1.0:
         hidden_BGTD = hidden_BGTD / jnp.asarray(temperature, hidden_BGTD.dtype)
     rows = (-1, *answers.tokens.shape[2:])
-    log_probs_RT = token_log_probs(
-        hidden_BGTD.reshape(*rows, hidden_BGTD.shape[-1]),
-        module.head_kernel(),
-        answers.tokens.reshape(rows),
-        norm_head=module.config.norm_head,
-        mesh=mesh if mesh is not None and mesh.size > 1 else None,
-    )
-    return jnp.where(answers.mask, log_probs_RT.reshape(answers.tokens.shape), 0.0)
+    hidden_RTD = hidden_BGTD.reshape(*rows, hidden_BGTD.shape[-1])
+    on = mesh if mesh is not None and mesh.size > 1 else None
+    options = {"norm_head": module.config.norm_head, "mesh": on}
+    return (hidden_RTD, module.head_kernel(), answers.tokens.reshape(rows)), options
 
 
 def token_entropies(

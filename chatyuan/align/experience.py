@@ -20,8 +20,8 @@ from chatyuan.align.answers import (
     Answers,
     answer_hidden,
     reward_scores,
-    token_entropies,
     token_scores,
+    token_scores_and_entropies,
 )
 from chatyuan.align.roles import Critic, Split
 from chatyuan.align.rollout import Rollouts
@@ -84,8 +84,7 @@ def make_score(
     ) -> tuple:
         module = model.bind(params)
         hidden = answer_hidden(module, answers, mesh=on)
-        log_probs = token_scores(module, hidden, answers, temperature, on)
-        entropies = jnp.where(answers.mask, token_entropies(module, hidden, temperature), 0.0)
+        log_probs, entropies = token_scores_and_entropies(module, hidden, answers, temperature, on)
         frozen = model.bind(split.joined(params, reference))
         reference_hidden = answer_hidden(frozen, answers, mesh=on)
         reference_log_probs = token_scores(frozen, reference_hidden, answers, temperature, on)

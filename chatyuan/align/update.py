@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,13 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from chatyuan.align.answers import Answers, answer_hidden, token_entropies, token_scores
+from chatyuan.align.answers import (
+    Answers,
+    answer_hidden,
+    token_entropies,
+    token_loss,
+    token_scores,
+)
 from chatyuan.align.config import AlignConfig
 from chatyuan.align.experience import Experience, critic_values, split_rows
 from chatyuan.align.roles import AlignState, Critic, Split
@@ -298,39 +305,35 @@ def _loss(
     config, on = learner.config, learner.on
     module = learner.model.bind(params)
     hidden = answer_hidden(module, part.answers, mesh=on)
-    log_probs = token_scores(module, hidden, part.answers, learner.temperature, on)
     rows = _rows(part.mask)
     metrics: Metrics = {}
 
     def mean(values: Array) -> Array:
-        return (
-            policy_losses.aggregate(_rows(values), rows, config.aggregation)[0]
-            / (weights["policy"])
-        )
+        total = policy_losses.aggregate(_rows(values), rows, config.aggregation)[0]
+        return total / weights["policy"]
 
-    terms = policy_losses.policy_loss(
-        _rows(log_probs),
-        _rows(part.old_log_probs),
-        _rows(part.advantages),
-        rows,
-        clip_low=config.clip,
-        clip_high=config.clip if config.clip_high is None else config.clip_high,
-        dual_clip=config.dual_clip,
-    )
+    if config.method == "online_dpo":
+        log_probs = token_scores(module, hidden, part.answers, learner.temperature, on)
+        policy = total = _preference(config, log_probs, part) / weights["pairs"]
+        if config.kl_place == "loss":
+            kl = kl_estimate(log_probs, part.reference_log_probs, config.kl_estimator)
+            total += weights["kl_coef"] * mean(kl)
+    else:
+        # A mean is linear: its derivative is what the loss of each token counts for.
+        shares = jax.grad(mean)(jnp.zeros(part.mask.shape, jnp.float32))
+        of_tokens = (part.old_log_probs, part.advantages, part.reference_log_probs, part.mask)
+        total, log_probs = token_loss(
+            functools.partial(_of_token, config),
+            (*of_tokens, shares, weights["kl_coef"] * shares),
+            *(module, hidden, part.answers, learner.temperature, on),
+        )
+    terms = _surrogate(config, *map(_rows, (log_probs, part.old_log_probs, part.advantages)), rows)
     count = jnp.sum(rows.astype(jnp.float32))
     for name in ("ratio", "approx_kl"):
         metrics[name] = (jnp.sum(getattr(terms, name)), count)
     metrics["clip_fraction"] = (jnp.sum(terms.clipped), count)
-    if config.method == "best_of_n":
-        policy = mean(-log_probs)
-    elif config.method == "online_dpo":
-        policy = _preference(config, log_probs, part) / weights["pairs"]
-    else:
-        policy = mean(terms.loss)
-    total = policy
-    if config.kl_place == "loss":
-        kl = kl_estimate(log_probs, part.reference_log_probs, config.kl_estimator)
-        total += weights["kl_coef"] * mean(kl)
+    if config.method != "online_dpo":
+        policy = mean(-log_probs if config.method == "best_of_n" else terms.loss)
     if config.entropy_coef:
         total -= config.entropy_coef * mean(token_entropies(module, hidden, learner.temperature))
     one = jnp.ones((), jnp.float32) / config.microbatches
@@ -345,6 +348,38 @@ def _loss(
         total += config.value_coef * value_mean
         metrics["value_loss"] = (value_mean, one)
     return total, metrics
+
+
+def _surrogate(
+    config: AlignConfig, log_probs: Array, old_log_probs: Array, advantages: Array, mask: Array
+) -> policy_losses.PolicyTerms:
+    """The clipped loss of each token as configured."""
+    return policy_losses.policy_loss(
+        *(log_probs, old_log_probs, advantages, mask),
+        clip_low=config.clip,
+        clip_high=config.clip if config.clip_high is None else config.clip_high,
+        dual_clip=config.dual_clip,
+    )
+
+
+def _of_token(
+    config: AlignConfig,
+    log_probs: Array,
+    old_log_probs: Array,
+    advantages: Array,
+    reference_log_probs: Array,
+    mask: Array,
+    shares: Array,
+    kl_shares: Array,
+) -> Array:
+    """What each token adds to the loss of the policy."""
+    if config.method == "best_of_n":
+        losses = -shares * log_probs
+    else:
+        losses = shares * _surrogate(config, log_probs, old_log_probs, advantages, mask).loss
+    if config.kl_place == "loss":
+        losses += kl_shares * kl_estimate(log_probs, reference_log_probs, config.kl_estimator)
+    return jnp.where(mask, losses, 0.0)
 
 
 def _preference(config: AlignConfig, log_probs: Array, part: Targets) -> Array:

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from chatyuan.models import build
 from chatyuan.models.config import ModelConfig
 from chatyuan.models.loss import LossConfig, supervised_loss
-from chatyuan.ops.linear_cross_entropy import chunk_of
 from chatyuan.ops.platform import targeting
+from chatyuan.ops.vocabulary_chunks import chunk_of
 
 _ROWS = (2, 4)
 

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from chatyuan.ops.linear_cross_entropy import linear_cross_entropy, token_log_probs
+from chatyuan.ops.linear_cross_entropy import (
+    linear_cross_entropy,
+    token_log_probs,
+    token_log_probs_and_entropies,
+    token_loss_sum,
+)
 from chatyuan.ops.losses import cross_entropy
 from chatyuan.sharding import make_mesh
 
@@ -191,6 +196,89 @@ def test_log_probs_and_their_gradients_with_any_cotangent(options, shape):
         assert_close(ours, compiled_log_probs(naive_log_probs, **options)(*arguments), 2e-6)
 
 
+def clipped(log_probs, old, gained):
+    """A loss of tokens whose slope is 0 for some, as PPO's."""
+    ratio = jnp.exp(log_probs - old)
+    return jnp.maximum(-gained * ratio, -gained * jnp.clip(ratio, 0.8, 1.2))
+
+
+@functools.cache
+def compiled_token_loss(ours, **options):
+    def loss(hidden, head, targets, old, gained):
+        if ours:
+            total, log_probs = token_loss_sum(
+                clipped, hidden, head, targets, (old, gained), chunk_tokens=16, **options
+            )
+        else:
+            log_probs = naive_log_probs(hidden, head, targets, **options)
+            total = jnp.sum(clipped(log_probs, old, gained))
+        return jnp.float32(0.7) * total, log_probs
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def token_loss_problem(shape, seed, vocab=VOCAB):
+    hidden, head, targets, _ = problem(shape, vocab=vocab, seed=seed)
+    rng = np.random.default_rng(seed)
+    old = naive_log_probs(hidden, head, targets)
+    old += jnp.asarray(rng.normal(size=shape, scale=0.2), jnp.float32)
+    return hidden, head, targets, old, jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_head": True}], ids=str)
+@pytest.mark.parametrize("shape", [(37,), (2, 16), (5,)], ids=str)
+def test_a_function_of_the_log_probs_and_its_gradients(options, shape):
+    for seed in range(3):
+        arguments = token_loss_problem(shape, seed)
+        ours = compiled_token_loss(True, **options)(*arguments)
+        # Losses of both signs: their sum is smaller than what was rounded.
+        assert_close(ours, compiled_token_loss(False, **options)(*arguments), 1e-5)
+
+
+def test_the_log_probs_beside_a_token_loss_are_constants():
+    hidden, head, targets, old, gained = token_loss_problem((37,), 0)
+
+    def log_probs(hidden, head):
+        return jnp.sum(token_loss_sum(clipped, hidden, head, targets, (old, gained))[1])
+
+    assert not any(x.any() for x in jax.grad(log_probs, argnums=(0, 1))(hidden, head))
+
+
+def test_a_token_loss_computes_no_logits_twice():
+    hidden, head, targets, old, gained = token_loss_problem((64,), 0, vocab=500)
+
+    def products(of_tokens):
+        gradient = jax.grad(of_tokens, argnums=(0, 1))
+        return str(jax.make_jaxpr(gradient)(hidden, head)).count("dot_general")
+
+    def again(hidden, head):
+        log_probs = token_log_probs(hidden, head, targets, chunk_tokens=16)
+        return jnp.sum(clipped(log_probs, old, gained))
+
+    def once(hidden, head):
+        constants = (old, gained)
+        return token_loss_sum(clipped, hidden, head, targets, constants, chunk_tokens=16)[0]
+
+    assert products(once) == products(again) - 1
+
+
+def naive_entropies(hidden, head, **options):
+    log_p = jax.nn.log_softmax(naive_logits(hidden, head, **options))
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_head": True}], ids=str)
+@pytest.mark.parametrize("shape", [(37,), (2, 16), (5,)], ids=str)
+def test_entropies_beside_log_probs(options, shape):
+    hidden, head, targets, _ = problem(shape)
+    ours = token_log_probs_and_entropies(hidden, head, targets, chunk_tokens=16, **options)
+    wanted = (
+        naive_log_probs(hidden, head, targets, **options),
+        naive_entropies(hidden, head, **options),
+    )
+    assert_close(ours, wanted, 2e-6)
+
+
 # ----------------------------------------------------------------------------------------- memory
 
 
@@ -255,6 +343,12 @@ def test_eight_devices_equal_one(shape):
     arguments = targets, weights, hidden, head
     ours = compiled_log_probs(token_log_probs, chunk_tokens=16, mesh=mesh)(*arguments)
     assert_close(ours, compiled_log_probs(naive_log_probs)(*arguments), 2e-6)
+    arguments = token_loss_problem((4, 10), 0, vocab=96)
+    ours = compiled_token_loss(True, mesh=mesh)(*arguments)
+    assert_close(ours, compiled_token_loss(False)(*arguments), 1e-5)
+    both = jax.jit(functools.partial(token_log_probs_and_entropies, chunk_tokens=16, mesh=mesh))
+    wanted = naive_log_probs(*arguments[:3]), naive_entropies(*arguments[:2])
+    assert_close(both(*arguments[:3]), wanted, 2e-6)
 
 
 def test_no_device_gathers_the_head_or_logits():
