@@ -81,7 +81,7 @@ def test_mistakes(line):
 def test_every_stage_that_trains_takes_the_flags(capsys):
     for path in pathlib.Path(stages.__path__[0]).glob("[a-z]*.py"):
         stage, text = path.stem.rstrip("_"), path.read_text(encoding="utf-8")
-        trains = "_supervised.run(" in text or "LoopConfig" in text
+        trains = "_supervised.run(" in text or " fit(\n" in text
         assert bool(main.training_flags(stage)) == trains, f"{stage}: TRAINS = True"
     assert main.main(["pretrain", "--help"]) == 0
     text = capsys.readouterr().out

@@ -21,7 +21,7 @@ LOSS = "preference_losses__PreferenceLoss__"
 @pytest.fixture(scope="module")
 def chosen(preferred, pretrained):
     """A model tuned on the chosen answers: the mixture of preferences, given to sft."""
-    folder = preferred.root / "chosen"
+    folder = preferred.root / "dpo_reference"
     settings = {"MODEL_DIR": folder, "MIXTURE": preferred.preferences, "INIT_FROM": pretrained}
     numbers = {"TRAIN_STEPS": 30, "EVAL_PERIOD": 30, "CHECKPOINT_PERIOD": 15, "LOG_PERIOD": 15}
     assert preferred.run("sft", **settings, **numbers, sft__Config__num_samples=0) == 0
@@ -129,7 +129,7 @@ def test_the_reference_is_computed_once_and_shared(dpo, trained, preferred, monk
     assert files(preferred) == before
     # Other lengths and another checkpoint are other files; a damaged one is computed again.
     assert dpo("shorter", TARGET_LENGTH=8) == 0
-    assert dpo("earlier", INIT_FROM=preferred.root / "chosen" / "checkpoints" / "15") == 0
+    assert dpo("earlier", INIT_FROM=preferred.root / "dpo_reference" / "checkpoints" / "15") == 0
     assert len(files(preferred)) == len(before) + 4  # train and validation
     damaged = next(iter(before))
     with np.load(damaged) as stored:
@@ -144,7 +144,7 @@ def test_the_reference_is_computed_once_and_shared(dpo, trained, preferred, monk
 
 
 def test_a_run_does_not_go_on_against_another_reference(dpo, preferred, capsys):
-    earlier = preferred.root / "chosen" / "checkpoints" / "15"
+    earlier = preferred.root / "dpo_reference" / "checkpoints" / "15"
     assert dpo("moved", INIT_FROM=earlier, **SHORT) == 0
     first = rows(preferred.root / "dpo_moved" / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
