@@ -25,8 +25,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# Tests of a folder share trained models, so one worker has them all; elsewhere a module does.
-SHARED_FOLDERS = ("stages",)
 STRICT_FOLDERS = ("ops", "kernels", "models")
 # Each compiled program holds memory maps, and Linux ends a process at 65,530 of them (a failed
 # allocation inside the compiler): this many are let go of. The cache on disk makes that cheap.
@@ -34,12 +32,8 @@ MANY_MAPS = 10_000
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for `--dist loadgroup`, the one with the longest test first."""
+    """The longest test first: whatever else there is fits beside it."""
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
-    for item in items:
-        folder = item.path.parent
-        group = folder if folder.name in SHARED_FOLDERS else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group)))
 
 
 @pytest.fixture(autouse=True)
