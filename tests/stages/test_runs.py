@@ -124,7 +124,7 @@ def objective(shop, name: str, *lines: str) -> str:
     return f"--gin_file={path}"
 
 
-def test_one_stack_learns_unilms_mixture(shop, pretrained, capsys):
+def test_one_stack_learns_unilms_mixture(shop, pretrained, capsys, monkeypatch):
     folder = shop.root / "unilm"
     recipe = objective(
         shop,
@@ -134,10 +134,12 @@ def test_one_stack_learns_unilms_mixture(shop, pretrained, capsys):
         "model.ModelConfig.architecture = 'prefix_lm'",
         "model.ModelConfig.position = 'rope'",
     )
-    settings = {"MODEL_DIR": folder, "MIXTURE": shop.text, "TRAIN_STEPS": 2, "LOG_PERIOD": 1,
+    # Which rows are sequence-to-sequence hangs on the task's name: none of a temporary folder.
+    monkeypatch.chdir(shop.root)
+    text = "file:text.txt"
+    assert shop.run("cache", MIXTURE=text) == 0
+    settings = {"MODEL_DIR": folder, "MIXTURE": text, "TRAIN_STEPS": 2, "LOG_PERIOD": 1,
                 "pretrain__Config__num_samples": 8}  # fmt: skip
-    # Eight, from as many batches: which rows are sequence-to-sequence hangs on the task's name,
-    # which holds the name of a temporary folder.
     assert shop.run("pretrain", recipe, "--dry_run", **settings) == 0
     assert "encoder" not in capsys.readouterr().out.split("Two rows")[1]
     assert shop.run("pretrain", recipe, **settings) == 0
