@@ -86,12 +86,14 @@ def test_it_learns_what_is_preferred_and_reports_it(trained):
 
 def test_a_fall_of_the_chosen_answers_is_an_alarm(dpo, preferred, capsys):
     """At such a rate plain DPO lowers both answers, at first at least."""
-    assert dpo("fallen", LEARNING_RATE=0.05, EVAL_PERIOD=3, dpo__Config__alarm_nats=1.0) == 0
+    assert dpo("fallen", LEARNING_RATE=0.05, EVAL_PERIOD=3, dpo__Config__alarm_nats=0.25) == 0
     folder = preferred.root / "dpo_fallen"
     found = [row for row in rows(folder / "metrics.jsonl") if "eval/alarm" in row]
-    assert [row["eval/alarm"] for row in found] == [row["eval/chosen_fall"] > 1 for row in found]
+    assert [row["eval/alarm"] for row in found] == [row["eval/chosen_fall"] > 0.25 for row in found]
     alarms = [row for row in found if row["eval/alarm"]]
-    assert alarms and alarms[0]["eval/chosen_fallen"] > 0 and alarms[0]["eval/accuracy"] > 0.9
+    assert alarms and alarms[0]["eval/chosen_fallen"] > 0
+    # What the accuracy does not show: it rises all the same.
+    assert max(row["eval/accuracy"] for row in found) > 0.9
     told = capsys.readouterr().out
     assert f"WARNING: step {alarms[0]['step']}: the chosen answers" in told
     assert "**Alarm** at step" in (folder / "report.md").read_text(encoding="utf-8")
