@@ -158,6 +158,14 @@ def reward_scores(
     return scores_R.reshape(answers.lengths.shape)
 
 
+def all_reward_scores(
+    models: Sequence[RewardModel], trees: Sequence[Any], answers: Answers, mesh: Mesh | None
+) -> tuple[Array, ...]:
+    """Returns `reward_scores` of several models and their parameters, in their order."""
+    pairs = zip(models, trees, strict=True)
+    return tuple(reward_scores(model, tree, answers, mesh=mesh) for model, tree in pairs)
+
+
 def token_scores(
     module: Any,
     hidden_BGTD: Array,

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from chatyuan import sharding
 from chatyuan.align.answers import (
     Answers,
+    all_reward_scores,
     answer_hidden,
-    reward_scores,
     token_scores,
     token_scores_and_entropies,
 )
@@ -91,10 +91,7 @@ def make_score(
         values = jnp.zeros_like(log_probs)
         if critic is not None:
             values = critic_values(critic, critic_params, answers, hidden, on)
-        scores = tuple(
-            reward_scores(of, tree, answers, mesh=on)
-            for of, tree in zip(models, reward_params, strict=True)
-        )
+        scores = all_reward_scores(models, reward_params, answers, on)
         return log_probs, reference_log_probs, entropies, values, scores
 
     @jax.jit

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from chatyuan import sharding
-from chatyuan.align.answers import Answers, reward_scores
+from chatyuan.align.answers import Answers, all_reward_scores
 from chatyuan.align.experience import Experience, make_score
 from chatyuan.align.rewards import Decodes, HostAnswers, OpenSource, total_scores
 from chatyuan.align.roles import AlignState
@@ -182,9 +182,7 @@ class Iteration:
         return total_scores(self.roles.sources, host, raw)[0]
 
     def _models(self, trees: tuple[Tree, ...], answers: Answers) -> tuple[Array, ...]:
-        on = self.learner.on
-        pairs = zip(self.roles.reward_models, trees, strict=True)
-        return tuple(reward_scores(model, tree, answers, mesh=on) for model, tree in pairs)
+        return all_reward_scores(self.roles.reward_models, trees, answers, self.learner.on)
 
     def _on_devices(self, scores: np.ndarray) -> Array:
         if self.learner.mesh is None:

@@ -256,7 +256,7 @@ class Stack(nnx.Module):
             kv_len=kv_len,
             implementation=config.attention_implementation,
         )
-        keys = row_keys(dropout_key, positions.shape[0])
+        keys = row_keys(dropout_key if config.dropout_rate else None, positions.shape[0])
         return LayerInputs(mask, bias, positions, query_offset, None, keys, mesh)
 
     def __call__(

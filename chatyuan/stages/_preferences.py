@@ -55,19 +55,7 @@ def open_data(
     Raises:
         UserError: anything that would stop the run later.
     """
-    stage = type(config).__module__.rpartition(".")[2]
-    if jax.process_count() > 1:
-        raise UserError(f"{stage} runs in one process, on any number of its devices.")
-    vocabulary, mesh = _supervised.open_common(config, config.data.batch_size)
-    split = [axis for axis in ("sequence", "stage") if mesh.shape[axis] > 1]
-    if split:
-        raise UserError(
-            f"MESH splits {' and '.join(split)}, which {stage} cannot; use data, fsdp and tensor."
-        )
-    if config.model.sequence_parallel:
-        raise UserError(
-            f"ModelConfig.sequence_parallel does not apply to {stage}; set it to False."
-        )
+    vocabulary, mesh = _supervised.open_alone(config)
     loader, evaluation = make_loader(config.data, vocabulary), None
     if config.eval_split is not None:
         _supervised.check_eval_split(config)

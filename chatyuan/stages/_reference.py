@@ -20,7 +20,7 @@ import numpy as np
 
 from chatyuan import checkpoints, sharding
 from chatyuan.align.pairs import answer_log_probs
-from chatyuan.checkpoint_files import DamagedCheckpoint, check_writable, identity
+from chatyuan.checkpoint_files import check_writable
 from chatyuan.data.cache import folder_name
 from chatyuan.data.pairs import PairLoader
 from chatyuan.errors import UserError
@@ -77,21 +77,13 @@ def open_reference(config: Any) -> Reference:
             f"INIT_FROM must be set: {stage} keeps the model near the one it starts from, except "
             "with the losses orpo and simpo. Tune one first: python run.py sft ..."
         )
-    meta = _run_folder.read_meta(config.init_from)
-    if meta.get("kind") == _run_folder.REWARD_MODEL:
-        raise UserError(
-            f"INIT_FROM = {config.init_from} is a reward model; {stage} starts from a tuned "
-            "language model, the run of python run.py sft."
-        )
+    meta = _run_folder.read_tuned_meta(
+        config.init_from,
+        f"{stage} starts from a tuned language model, the run of python run.py sft",
+    )
     folder = pathlib.Path(config.reference_dir or pathlib.Path(config.data.cache_dir) / FOLDER)
     check_writable(folder, SETTING)
-    try:
-        content = identity(meta["path"])
-    except DamagedCheckpoint as error:
-        raise UserError(
-            f"INIT_FROM = {config.init_from}: its newest checkpoint is damaged ({error}). Give "
-            "another one, INIT_FROM=.../checkpoints/STEP."
-        ) from error
+    content = _run_folder.identity(config.init_from)
     return Reference(meta["path"], content, config.init_from_ema, folder)
 
 

@@ -1,7 +1,6 @@
 """What stages know about the folder of a finished or running training run."""
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 import shutil
@@ -45,12 +44,27 @@ def read_meta(path: str) -> dict[str, Any]:
         raise UserError(f"INIT_FROM = {path}: {error}") from error
 
 
-def fingerprint(folder: str) -> str:
-    """Returns what tells the checkpoint in a STEP folder from all others, wherever it lies."""
-    digest = hashlib.sha256()
-    for name in (checkpoint_files.META, checkpoint_files.FILES):
-        digest.update((pathlib.Path(folder) / name).read_bytes())
-    return digest.hexdigest()
+def identity(path: str, setting: str = "INIT_FROM") -> str:
+    """Returns what tells a run's newest checkpoint (or a STEP folder) from all others.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return checkpoint_files.identity(read_meta(path)["path"])
+    except checkpoint_files.DamagedCheckpoint as error:
+        raise UserError(
+            f"{setting} = {path}: its newest checkpoint is damaged ({error}). Give another one, "
+            f"{setting}=.../checkpoints/STEP."
+        ) from error
+
+
+def read_tuned_meta(path: str, remedy: str) -> dict[str, Any]:
+    """Returns the meta of INIT_FROM. Raises UserError, with the remedy, for a reward model's."""
+    meta = read_meta(path)
+    if meta.get("kind") == REWARD_MODEL:
+        raise UserError(f"INIT_FROM = {path} is a reward model; {remedy}.")
+    return meta
 
 
 def check_vocabulary(

@@ -207,6 +207,24 @@ def open_common(config: Any, batch_size: int) -> tuple[Vocabulary, jax.sharding.
     return vocabulary, mesh
 
 
+def open_alone(config: Any) -> tuple[Vocabulary, jax.sharding.Mesh]:
+    """As `open_common`, for stages that batch prompts: one process, no lengths or stages split."""
+    stage = type(config).__module__.rpartition(".")[2]
+    if jax.process_count() > 1:
+        raise UserError(f"{stage} runs in one process, on any number of its devices.")
+    vocabulary, mesh = open_common(config, config.data.batch_size)
+    split = [axis for axis in ("sequence", "stage") if mesh.shape[axis] > 1]
+    if split:
+        raise UserError(
+            f"MESH splits {' and '.join(split)}, which {stage} cannot; use data, fsdp and tensor."
+        )
+    if config.model.sequence_parallel:
+        raise UserError(
+            f"ModelConfig.sequence_parallel does not apply to {stage}; set it to False."
+        )
+    return vocabulary, mesh
+
+
 def assemble(config: Config) -> Parts:
     """Opens and checks everything. Writes nothing, allocates no parameters.
 

@@ -35,6 +35,7 @@ from chatyuan.metrics import Writer
 from chatyuan.models import build
 from chatyuan.models.loss import supervised_loss
 from chatyuan.models.reward import Normalisation, RewardModel
+from chatyuan.planning.memory import checkpoint_bytes
 from chatyuan.stages import _rollouts, _run_folder, _samples, _supervised
 from chatyuan.train.loop import fit
 from chatyuan.train.optimizers import make_optimizer
@@ -95,8 +96,6 @@ class Config(_supervised.RunConfig):
                 "ShardingConfig.zero_stage = 2 splits gradients between microbatches, which ppo "
                 "does not; use 1."
             )
-        if self.model.sequence_parallel:
-            raise UserError("ModelConfig.sequence_parallel does not apply to ppo; set it to False.")
         self._check_critic()
         if (self.align.ptx_coef > 0) != (self.ptx is not None):
             raise UserError(
@@ -331,11 +330,10 @@ class Parts:
             shapes = found.model.abstract_params()
             at = sharding.shardings(shapes, found.model.logical_axes(), self.mesh)
             held += sharding.bytes_per_device(shapes, at)
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
         return {
             "memory per device": f"{held / 2**30:.2f} GiB for weights, optimizers, reference and "
             "reward models; activations and the answers' keys and values come on top",
-            "disk per checkpoint": f"{size / 2**20:,.0f} MiB",
+            "disk per checkpoint": f"{checkpoint_bytes(abstract) / 2**20:,.0f} MiB",
         }
 
     def meta(self) -> dict[str, Any]:
@@ -361,27 +359,17 @@ def assemble(config: Config) -> Parts:
     Raises:
         UserError: anything that would stop the run later.
     """
-    if jax.process_count() > 1:
-        raise UserError("ppo runs in one process, on any number of its devices.")
     if not config.sources:
         raise UserError(
             "Nothing gives rewards: pass --gin.REWARD_FROM=... (a run of reward), or list sources "
             "in ppo.Config.rewards."
         )
-    vocabulary, mesh = _supervised.open_common(config, config.data.batch_size)
-    split = [axis for axis in ("sequence", "stage") if mesh.shape[axis] > 1]
-    if split:
-        raise UserError(
-            f"MESH splits {' and '.join(split)}, which ppo cannot; use data, fsdp and tensor."
-        )
+    vocabulary, mesh = _supervised.open_alone(config)
     _check_sizes(config, mesh)
-    meta = _run_folder.read_meta(config.init_from)
-    if meta.get("kind") == _run_folder.REWARD_MODEL:
-        raise UserError(
-            f"INIT_FROM = {config.init_from} is a reward model; give the tuned model, and this as "
-            "REWARD_FROM."
-        )
-    origins = {"policy and reference": _run_folder.fingerprint(meta["path"])}
+    meta = _run_folder.read_tuned_meta(
+        config.init_from, "give the tuned model, and this as REWARD_FROM"
+    )
+    origins = {"policy and reference": _run_folder.identity(config.init_from)}
     found, models = [], []
     for source in config.sources:
         if source.function:
@@ -391,7 +379,7 @@ def assemble(config: Config) -> Parts:
         model = _reward_model(source.model, vocabulary, setting, raw=not source.normalise)
         models.append(model)
         found.append(OpenSource(source, None, model.normalisation))
-        origins[f"reward model {len(models)}"] = _run_folder.fingerprint(model.folder)
+        origins[f"reward model {len(models)}"] = _run_folder.identity(model.folder, setting)
     critic = None
     if config.critic_from is not None:
         critic = _reward_model(config.critic_from, vocabulary, "critic_from")
