@@ -70,3 +70,15 @@ def mean(
     """Average of a metric over pairs; 0 without pairs."""
     values = [metric(a, b) for a, b in zip(predictions, references, strict=True)]
     return sum(values) / max(1, len(values))
+
+
+def distinct(texts: Sequence[str], size: int) -> float:
+    """Share of different n-grams among all character n-grams of the texts (arXiv:1510.03055).
+
+    It falls as texts repeat themselves or each other, and also with more text: compare equal
+    numbers of texts. 0 without n-grams.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        counts.update(_ngrams(text, size))
+    return len(counts) / max(1, counts.total())

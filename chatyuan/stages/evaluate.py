@@ -3,7 +3,9 @@
 1. A task whose examples carry `answer_choices` is answered by the likeliest choice (the sum of the
    log-probabilities of its tokens, end token included); the others by generation.
 2. Every example counts once, and all of the split unless `max_examples` says otherwise.
-3. Beside a task named in `baseline` stands a linear model on character n-grams, fitted to the train
+3. Beside the generated answers' overlap with the targets stand their length in characters and the
+   distinct character n-grams among them, so that a collapse shows, and what a `judge` calls them.
+4. Beside a task named in `baseline` stands a linear model on character n-grams, fitted to the train
    split: what a network has to beat.
 """
 
@@ -69,6 +71,23 @@ class Config:
         "is fitted to as well (needs scikit-learn)",
         default=(),
     )
+    seed: int = _field("of generation by sampling; example i uses seed + i", default=0)
+    judge: str | None = _field(
+        "cached task of short texts (inputs) and their labels (targets): a linear model on "
+        "character n-grams learns it and labels the generated answers (needs scikit-learn)",
+        default=None,
+    )
+    judge_split: str = _field(
+        "what it learns from; not the split that is evaluated", default="test"
+    )
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a judge would be measured on what it learned."""
+        if self.judge is not None and self.judge_split == self.split:
+            raise UserError(
+                f"evaluate.Config.judge_split = {self.judge_split!r} is the split that is "
+                "evaluated, and a judge must not know it; name another."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +98,7 @@ class _Subject:
     vocabulary: Vocabulary
     model: Model
     params: Any
+    judge: "_Judge | None" = None
 
     @property
     def text_config(self) -> TextConfig:
@@ -102,11 +122,12 @@ def run(config: Config) -> None:
                 f"evaluate.Config.baseline names {task}, which is not in MIXTURE = "
                 f"{config.mixture} ({', '.join(tasks)}).{did_you_mean(task, tasks)}"
             )
+    judge = None if config.judge is None else _Judge(config, vocabulary)
     model = build(model_config)
     params = checkpoints.load_params(
         config.init_from, model.abstract_params(), use_ema=config.use_ema
     )
-    subject = _Subject(config, vocabulary, model, params)
+    subject = _Subject(config, vocabulary, model, params, judge)
     rows, samples, predictions = [], [], []
     for task, cache in tasks.items():
         examples = list(cache.examples())
@@ -200,19 +221,25 @@ def _choose(
 def _generate(
     subject: _Subject, examples: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, float], list[str]]:
-    """Exact match and character overlap of generated answers."""
+    """Overlap of generated answers with the targets, their length and variety, the judge's view."""
     generator = TextGenerator(
         subject.model, subject.vocabulary, subject.config.decoding, subject.text_config
     )
-    results = generator.generate(subject.params, [e["inputs"] for e in examples])
+    prompts = [e["inputs"] for e in examples]
+    results = generator.generate(subject.params, prompts, subject.config.seed)
     outputs = [result.text for result in results]
     pairs = [(output, e["targets"]) for e, output in zip(examples, outputs, strict=True)]
     measures = {"exact match": text_metrics.exact_match, "rouge_l": text_metrics.rouge_l,
                 "chrf": text_metrics.chrf}  # fmt: skip
-    return {
+    figures = {
         name: sum(measure(*pair) for pair in pairs) / len(pairs)
         for name, measure in measures.items()
-    }, outputs
+    }
+    figures["characters"] = sum(map(len, outputs)) / len(outputs)
+    figures |= {f"distinct-{n}": text_metrics.distinct(outputs, n) for n in (1, 2)}
+    if subject.judge is not None:
+        figures |= subject.judge.figures(outputs)
+    return figures, outputs
 
 
 def _loss(subject: _Subject, task: str) -> dict[str, float]:
@@ -246,15 +273,34 @@ def _baseline(
     config: Config, task: str, vocabulary: Vocabulary, examples: Sequence[Mapping[str, Any]]
 ) -> float:
     """Accuracy of logistic regression on character n-grams, fitted to the cached train split."""
-    from chatyuan.evaluate.baseline import char_ngram_accuracy
+    fitted = _linear(config, task, "train", vocabulary)
+    return fitted.accuracy([e["inputs"] for e in examples], [e["targets"] for e in examples])
 
-    train = open_cache(config.cache_dir, task, "train", vocabulary)
-    inputs, targets = (
-        [vocabulary.decode(row) for row in train.features[name]] for name in ("inputs", "targets")
-    )
-    return char_ngram_accuracy(
-        inputs, targets, [e["inputs"] for e in examples], [e["targets"] for e in examples]
-    )
+
+def _linear(config: Config, task: str, split: str, vocabulary: Vocabulary) -> Any:
+    """A linear model on character n-grams, fitted to a cached task."""
+    from chatyuan.evaluate.baseline import CharNgramClassifier, cached_examples
+
+    return CharNgramClassifier(*cached_examples(config.cache_dir, task, split, vocabulary))
+
+
+class _Judge:
+    """Labels generated answers, and says how good it is at that."""
+
+    def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
+        """Fits it on judge_split; measures it on the split that is evaluated."""
+        from chatyuan.evaluate.baseline import cached_examples
+
+        assert config.judge is not None
+        self.model = _linear(config, config.judge, config.judge_split, vocabulary)
+        known = cached_examples(config.cache_dir, config.judge, config.split, vocabulary)
+        self.accuracy = self.model.accuracy(*known)
+
+    def figures(self, outputs: Sequence[str]) -> dict[str, float]:
+        """The share of each label among the answers, and the judge's own accuracy."""
+        found = self.model.predict(outputs)
+        shares = {f"judged {label}": found.count(label) / len(found) for label in self.model.labels}
+        return {**shares, "judge's accuracy": self.accuracy}
 
 
 def _shown(value: Any) -> str:

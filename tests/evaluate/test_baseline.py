@@ -6,7 +6,11 @@ import pytest
 
 from chatyuan.data import cache
 from chatyuan.errors import UserError
-from chatyuan.evaluate.baseline import cached_task_accuracy, char_ngram_accuracy
+from chatyuan.evaluate.baseline import (
+    CharNgramClassifier,
+    cached_examples,
+    char_ngram_accuracy,
+)
 from chatyuan.text.tokenizer import TokenizerConfig, train_tokenizer
 from chatyuan.text.vocabulary import Vocabulary
 
@@ -46,11 +50,17 @@ def test_from_a_cache(tmp_path):
                 {name: lengths for name, (_, lengths) in zip(names, encoded, strict=True)},
             )
             writer.finish({})
-    assert cached_task_accuracy(tmp_path, "task", vocabulary) == 1.0
+    train, test = (cached_examples(tmp_path, "task", split, vocabulary) for split in rows)
+    assert train[0] == rows["train"][0] and set(train[1]) == {"好评", "差评"}
+    fitted = CharNgramClassifier(*train)
+    assert fitted.labels == ["好评", "差评"] and fitted.predict(test[0]) == test[1]
+    assert fitted.accuracy(*test) == 1.0
 
 
 def test_mistakes_are_explained():
-    with pytest.raises(UserError, match="0 to test on"):
-        char_ngram_accuracy(["a"], [0], [], [])
+    with pytest.raises(UserError, match="0 texts to test on"):
+        char_ngram_accuracy(*reviews(20, 0), [], [])
+    with pytest.raises(UserError, match="0 texts to train on"):
+        char_ngram_accuracy([], [], ["a"], [0])
     with pytest.raises(UserError, match="needs two labels"):
         char_ngram_accuracy(["a", "b"], [1, 1], ["a"], [1])

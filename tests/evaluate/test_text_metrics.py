@@ -43,6 +43,12 @@ def test_chrf():
     assert text_metrics.chrf("天气好", "天气") == pytest.approx(expected)
 
 
+def test_distinct():
+    assert text_metrics.distinct(["好好好好"], 1) == 1 / 4
+    assert text_metrics.distinct(["天气好", "天气"], 2) == 2 / 3  # 天气 twice, 气好
+    assert text_metrics.distinct(["好", ""], 2) == 0
+
+
 def test_mean():
     assert text_metrics.mean(text_metrics.exact_match, ["a", "b"], ["a", "c"]) == 0.5
     assert text_metrics.mean(text_metrics.chrf, [], []) == 0

@@ -11,7 +11,8 @@ import pytest
 from workshop import PAIRS, rows, write_lines
 
 from chatyuan import configs
-from chatyuan.evaluate.baseline import char_ngram_accuracy
+from chatyuan.evaluate import text_metrics
+from chatyuan.evaluate.baseline import CharNgramClassifier, char_ngram_accuracy
 from chatyuan.models import build
 from chatyuan.stages import _run_folder
 from chatyuan.text.vocabulary import Vocabulary
@@ -144,6 +145,9 @@ def test_generated_answers_are_measured(shop, tuned, capsys):
     (row,) = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["tasks"]
     assert (row["task"], row["examples"]) == (shop.pairs, 8)
     assert row["exact match"] == row["rouge_l"] == 1.0 and row["chrf"] > 0.99
+    answers = list(PAIRS.values())
+    assert row["characters"] == sum(map(len, answers)) / len(answers)
+    assert row["distinct-2"] == text_metrics.distinct(answers, 2)
     predictions = rows(folder / "predictions.jsonl")
     assert {p["inputs"]: p["prediction"] for p in predictions} == PAIRS
     vocabulary = Vocabulary(shop.vocabulary)
@@ -152,6 +156,28 @@ def test_generated_answers_are_measured(shop, tuned, capsys):
     assert row["bits per byte"] == pytest.approx(row["loss"] * tokens / math.log(2) / size)
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert "# Evaluation on test" in report and "辽阔" in report
+
+
+def test_a_judge_labels_the_answers(shop, tuned, capsys):
+    folder = shop.root / "judged"
+    settings = {"MIXTURE": shop.pairs, "INIT_FROM": tuned, "MODEL_DIR": folder, "BATCH_SIZE": 8,
+                "INPUT_LENGTH": 48, "TARGET_LENGTH": 24}  # fmt: skip
+    settings |= {"evaluate__Config__judge": repr(shop.reviews)}
+    assert shop.run("evaluate", **settings) == 2
+    assert "a judge must not know it" in capsys.readouterr().err
+    settings |= {"evaluate__Config__judge_split": repr("train")}
+    assert shop.run("evaluate", **settings) == 0
+    (row,) = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["tasks"]
+    train, test = (
+        [(e["input"], e["target"]) for e in rows(shop.root / "reviews" / f"{split}.jsonl")]
+        for split in ("train", "test")
+    )
+    judge = CharNgramClassifier(*zip(*train, strict=True))
+    verdicts = judge.predict(list(PAIRS.values()))
+    assert set(judge.labels) == {"好评", "差评"}
+    for label in judge.labels:
+        assert row[f"judged {label}"] == verdicts.count(label) / len(PAIRS)
+    assert row["judge's accuracy"] == judge.accuracy(*zip(*test, strict=True)) > 0.5
 
 
 def test_choices_are_counted(shop, pretrained):
