@@ -129,6 +129,16 @@ class AlignConfig:
     group_scale: str = _field("group", "grpo: deviation of each prompt's group, or of the batch")
     zero_spread: str = _field("keep", "prompts whose answers all score alike: keep, or drop")
 
+    lag: int = _field(
+        0,
+        "1: while the policy learns, the next answers are drawn with what it was before (one-step-"
+        "off); 0: they wait for it",
+        "iterations",
+    )
+    importance_cap: float = _field(
+        2.0, "lag: bound on p(token) of the policy before the update over that of its drawer"
+    )
+
     critic: str = _field("shared", "a head on the policy, or a separate model")
     critic_warmup: int = _field(0, "first iterations in which only the critic learns", "iterations")
     value_coef: float = _field(0.1, "weight of the critic's loss")
@@ -154,11 +164,11 @@ class AlignConfig:
         for name in CHOICES:
             _check_choice(name, getattr(self, name))
         for name, low in (("epochs", 1), ("minibatches", 1), ("microbatches", 1), ("min_length", 0),
-                          ("overlong_buffer", 0), ("critic_warmup", 0)):  # fmt: skip
+                          ("overlong_buffer", 0), ("critic_warmup", 0), ("lag", 0)):  # fmt: skip
             if getattr(self, name) < low:
                 raise UserError(f"{name} = {getattr(self, name)} should be at least {low}.")
         for name in ("clip", "clip_high", "stop_kl", "kl_target", "kl_horizon", "clip_reward",
-                     "value_clip", "dpo_beta", "group_eps"):  # fmt: skip
+                     "value_clip", "dpo_beta", "group_eps", "importance_cap"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} = {value} should be above 0.")
@@ -169,6 +179,16 @@ class AlignConfig:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} = {getattr(self, name)} should lie within 0 and 1.")
+        if self.lag > 1:
+            raise UserError(
+                f"lag = {self.lag} should be 0 or 1: what is older is corrected too badly by "
+                "weights, and nothing more would overlap."
+            )
+        if self.lag and self.method == "remax":
+            raise UserError(
+                "lag = 1 does not go with method = 'remax', which compares an answer with the "
+                "greedy one of the same policy; set lag = 0."
+            )
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise UserError(f"dual_clip = {self.dual_clip} should be above 1 (3.0 is usual).")
         if self.group_ddof not in (0, 1):

@@ -3,9 +3,13 @@
     iteration = Iteration(learner, drawing, sources, ...)
     state, metrics = iteration(state, batch)
 
-It has the form of a training step, so `train.loop.fit` runs, reports, saves and resumes it. All
-that it depends on is the state, the batch (whose prompts have numbers of their own) and what it was
-made of; a run that is stopped between two iterations goes on bitwise.
+1. It has the form of a training step, so `train.loop.fit` runs, reports, saves and resumes it. All
+   that it depends on is the state, the batch (whose prompts have numbers of their own) and what it
+   was made of; a run that is stopped between two iterations goes on bitwise.
+2. With `AlignConfig.lag` = 1 the answers to the next prompts are drawn while this iteration scores
+   and learns, with the policy as it was before: one step off. They wait in the state, so that a run
+   still goes on bitwise, and weights make up for their age. It pays with a `drawing_mesh`, devices
+   of their own to draw on, or with reward functions that keep the host busy.
 """
 
 import dataclasses
@@ -14,21 +18,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from chatyuan import sharding
 from chatyuan.align.answers import Answers, all_reward_scores
 from chatyuan.align.experience import Experience, make_score
 from chatyuan.align.rewards import Decodes, HostAnswers, OpenSource, total_scores
-from chatyuan.align.roles import AlignState
-from chatyuan.align.rollout import RolloutConfig, Rollouts, make_rollout
+from chatyuan.align.roles import Ahead, AlignState
+from chatyuan.align.rollout import RolloutConfig, Rollouts, make_rollout, moved
 from chatyuan.align.update import Learner, make_update
 from chatyuan.models.reward import RewardModel
 
 Tree = Any
 Metrics = dict[str, tuple[Any, Any]]
 PTX = "ptx/"  # how the names of the pretraining mixture's features begin in a batch
+NEXT = "next/"  # and those of the next iteration's prompts, with a lag
+PROMPTS = ("prompts", "prompt_lengths", "prompt_ids")
 PHASES = ("rollout", "score", "update")
 
 
@@ -69,8 +77,9 @@ class Roles:
 class Iteration:
     """`iteration(state, batch) -> (state, metrics)`; the old state is donated.
 
-    Batches hold prompts int32 `[B, S]`, prompt_lengths int32 `[B]`, prompt_ids uint32 `[B]` and,
-    for a pretraining mixture, its features under names that begin with `ptx/`. Metrics are
+    Batches hold prompts int32 `[B, S]`, prompt_lengths int32 `[B]`, prompt_ids uint32 `[B]`; with a
+    lag, those of the next iteration under names that begin with `next/`; and for a pretraining
+    mixture its features under names that begin with `ptx/`. Metrics are
     (sum, weight) pairs: those of the update, and from the second call on (the first compiles) the
     tokens drawn over the seconds of each phase.
     """
@@ -85,7 +94,8 @@ class Iteration:
         pad_id: int = 0,
         seed: int = 0,
         placement: Tree | None = None,
-        record: Callable[[int, Scored], None] | None = None,
+        drawing_mesh: Mesh | None = None,
+        record: Callable[[int, int, Scored], None] | None = None,
     ) -> None:
         """Compiles nothing yet.
 
@@ -97,11 +107,17 @@ class Iteration:
           pad_id: fills up answers.
           seed: of the draws.
           placement: shardings of the state; None = wherever it is.
-          record: called with the number of the iteration and its scored answers.
+          drawing_mesh: of devices that draw, apart from the learner's; None = the learner's draw.
+          record: called with the number of the iteration, the version of the policy that drew, and
+            the scored answers.
         """
         assert drawing.temperature == learner.temperature, "learned from what was drawn"
         self.learner, self.roles, self.vocabulary, self.record = learner, roles, vocabulary, record
-        common = {"eos_id": learner.eos_id, "pad_id": pad_id, "seed": seed, "mesh": learner.mesh}
+        self._placement, self._apart = placement, drawing_mesh is not None
+        common = {
+            "eos_id": learner.eos_id, "pad_id": pad_id, "seed": seed, "apart": self._apart,
+            "mesh": drawing_mesh if self._apart else learner.mesh,
+        }  # fmt: skip
         self._draw = make_rollout(learner.model, drawing, **common)
         self._draw_greedy = None
         if learner.config.method == "remax":
@@ -116,7 +132,7 @@ class Iteration:
             mesh=learner.mesh,
         )
         self._score_models = jax.jit(self._models)
-        self._update = make_update(learner, placement)
+        self._update = make_update(learner, _without_ahead(placement))
         self._compiled = False
 
     def __call__(self, state: AlignState, batch: Mapping[str, Array]) -> tuple[AlignState, Metrics]:
@@ -126,7 +142,8 @@ class Iteration:
           UserError, RunFailed: a reward function is wrong; the state is as it was.
         """
         seconds = [time.perf_counter()]
-        rollouts = self.rollouts(state, batch)
+        rollouts, version = self._drawn(state, batch)
+        ahead = self._draw_ahead(state, batch)
         greedy = None
         if self._draw_greedy is not None:
             greedy = self._draw_greedy(state.params, *_prompts(batch)).answers
@@ -138,15 +155,20 @@ class Iteration:
         jax.block_until_ready(scored.experience)
         seconds.append(time.perf_counter())
         if self.record is not None:
-            self.record(int(state.step), scored)
+            self.record(int(state.step), version, scored)
             seconds = [t + time.perf_counter() - seconds[-1] for t in seconds]
-        ptx = {n.removeprefix(PTX): x for n, x in batch.items() if n.startswith(PTX)}
+        lag = int(state.step) - version
+        ptx = _named(batch, PTX)
         state, metrics = self._update(
-            state, scored.experience, self._on_devices(scored.scores), greedy, ptx or None
+            *(_without_ahead(state), scored.experience, self._on_devices(scored.scores)),
+            *(greedy, ptx or None),
         )
         jax.block_until_ready(state)
         seconds.append(time.perf_counter())
         metrics = dict(metrics)
+        if ahead is not None:
+            state = dataclasses.replace(state, ahead=ahead)
+            metrics["lag"] = (float(lag), 1.0)
         if len(scored.parts) > 1:
             for name, scores in scored.parts.items():
                 metrics[f"score_{name}"] = (float(scores.sum(dtype=np.float64)), scores.size)
@@ -158,8 +180,22 @@ class Iteration:
         return state, metrics
 
     def rollouts(self, state: AlignState, batch: Mapping[str, Array]) -> Rollouts:
-        """Returns answers of the policy to a batch of prompts."""
-        return self._draw(state.params, *_prompts(batch))
+        """Returns answers of the policy to a batch of prompts, on the learner's devices."""
+        drawn = self._draw(state.params, *_prompts(batch))
+        return moved(drawn, self.learner.mesh) if self._apart else drawn
+
+    def _drawn(self, state: AlignState, batch: Mapping[str, Array]) -> tuple[Rollouts, int]:
+        """What this iteration learns from, and the version of the policy that drew it."""
+        if state.ahead is not None and int(state.ahead.version) >= 0:
+            return moved(state.ahead.rollouts, self.learner.mesh), int(state.ahead.version)
+        return self.rollouts(state, batch), int(state.step)
+
+    def _draw_ahead(self, state: AlignState, batch: Mapping[str, Array]) -> Ahead | None:
+        """Begins to draw for the next iteration; nothing waits for it here."""
+        if state.ahead is None:
+            return None
+        ahead = Ahead(self.rollouts(state, _named(batch, NEXT)), jnp.copy(state.step))
+        return ahead if self._placement is None else jax.device_put(ahead, self._placement.ahead)
 
     def scored(self, state: AlignState, rollouts: Rollouts) -> Scored:
         """Returns rollouts with log-probabilities, values and scores.
@@ -191,4 +227,15 @@ class Iteration:
 
 
 def _prompts(batch: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-    return batch["prompts"], batch["prompt_lengths"], batch["prompt_ids"]
+    prompts, lengths, ids = (batch[name] for name in PROMPTS)
+    return prompts, lengths, ids
+
+
+def _named(batch: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    """The features whose names begin so, without it."""
+    return {n.removeprefix(prefix): x for n, x in batch.items() if n.startswith(prefix)}
+
+
+def _without_ahead(tree: Tree) -> Tree:
+    """A state, or its places, as the update takes it."""
+    return None if tree is None else dataclasses.replace(tree, ahead=None)

@@ -2,9 +2,13 @@
 
 1. The policy splits into what is trained and what is frozen. With everything trained the frozen
    part is empty. With `reference_layers` = k only the last k decoder layers, the final norm and an
-   untied head are trained (hydra); position tables and embeddings belong to the frozen layers.
+   untied head are trained (hydra); position tables and embeddings belong to the frozen layers. A
+   model with adapters trains these alone.
 2. The reference is a copy of the trained part from before the first step; joined with the frozen
    part of the policy it is the whole model that training started from. It costs what is trained.
+   Of a model with adapters it is therefore a frozen adapter of its own, with the values that
+   INIT_FROM gave, not the model with its adapter off: where INIT_FROM had an adapter already, that
+   would be another policy.
 3. A separate critic is a reward model (`chatyuan.models.reward`): backbone and head. A shared one
    is a head alone, which reads the policy's states.
 """
@@ -18,7 +22,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from chatyuan.align.answers import Answers
+from chatyuan.align.rollout import RolloutConfig, Rollouts
 from chatyuan.errors import UserError
+from chatyuan.models import adapters
 from chatyuan.models.reward import Normalisation, RewardModel, head_values
 from chatyuan.ops.token_rewards import Moments, no_moments
 from chatyuan.train.updates import Optimizer
@@ -26,11 +33,39 @@ from chatyuan.train.updates import Optimizer
 Tree = Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """Answers drawn for the next iteration while this one learned.
+
+    Attributes:
+      rollouts: see `Rollouts`.
+      version: int32, the policy that drew them by its finished iterations; -1 = nothing is drawn.
+    """
+
+    rollouts: Rollouts
+    version: Array
+
+
+def nothing_ahead(prompts: int, input_length: int, config: RolloutConfig) -> Ahead:
+    """Returns the `Ahead` of a run's beginning: the right shapes, nothing in them."""
+    rows = (prompts, config.samples)
+    answers = Answers(
+        jnp.zeros((prompts, input_length), jnp.int32),
+        jnp.zeros(prompts, jnp.int32),
+        jnp.zeros((*rows, config.max_length), jnp.int32),
+        jnp.zeros(rows, jnp.int32),
+    )
+    log_probs = jnp.zeros(answers.tokens.shape, jnp.float32)
+    ids = jnp.zeros(prompts, jnp.uint32)
+    return Ahead(Rollouts(answers, log_probs, ids), jnp.full((), -1, jnp.int32))
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=(
         *("step", "params", "opt_state", "updates", "critic", "critic_opt_state"),
-        *("kl_coef", "reward_moments", "nonfinite_streak"),
+        *("kl_coef", "reward_moments", "nonfinite_streak", "ahead"),
     ),
     meta_fields=(),
 )
@@ -47,6 +82,7 @@ class AlignState:
     kl_coef: float32, beta.
     reward_moments: of all scores so far.
     nonfinite_streak: int32, iterations in a row in which a step was skipped.
+    ahead: with a lag, the answers that the next iteration learns from; else None.
     """
 
     step: Array
@@ -58,6 +94,7 @@ class AlignState:
     kl_coef: Array
     reward_moments: Moments
     nonfinite_streak: Array
+    ahead: Ahead | None = None
 
 
 def init_state(
@@ -68,8 +105,9 @@ def init_state(
     critic_optimizer: Optimizer,
     split: "Split",
     kl_coef: float,
+    ahead: Ahead | None = None,
 ) -> AlignState:
-    """Returns the state before the first iteration."""
+    """Returns the state before the first iteration; `ahead` is `nothing_ahead` with a lag."""
     return AlignState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -80,6 +118,7 @@ def init_state(
         kl_coef=jnp.float32(kl_coef),
         reward_moments=no_moments(),
         nonfinite_streak=jnp.zeros((), jnp.int32),
+        ahead=ahead,
     )
 
 
@@ -89,20 +128,31 @@ class Split:
 
     Attributes:
       upper_layers: the last decoder layers that are trained; None = everything.
+      adapters: the adapters of the model are trained, and nothing else.
     """
 
     upper_layers: int | None = None
+    adapters: bool = False
 
     @classmethod
     def of(cls, model: Any, upper_layers: int | None) -> "Split":
-        """Checks the count against the model. Raises UserError for more layers than it has."""
+        """Checks the count against the model.
+
+        Raises:
+          UserError: more layers than it has, or layers of a model with adapters.
+        """
         layers = model.config.num_decoder_layers
+        if upper_layers is not None and model.config.adapter_rank:
+            raise UserError(
+                f"reference_layers = {upper_layers} and ModelConfig.adapter_rank = "
+                f"{model.config.adapter_rank} both say what is trained; set one of them."
+            )
         if upper_layers is not None and upper_layers > layers:
             raise UserError(
                 f"reference_layers = {upper_layers} is more than the {layers} decoder layers of "
                 "the model; None trains everything."
             )
-        return cls(upper_layers)
+        return cls(upper_layers, adapters=model.config.adapter_rank > 0)
 
     def trained(self, params: Tree) -> Tree:
         """Returns the trained part: the same names, layers cut to the upper ones."""
@@ -117,6 +167,8 @@ class Split:
         return self._pick(axes, lambda layers: layers)
 
     def _pick(self, tree: Tree, cut: Callable[[Tree], Tree]) -> Tree:
+        if self.adapters:
+            return adapters.adapters_of(tree)
         if self.upper_layers is None:
             return tree
         decoder = tree["decoder"]
@@ -126,6 +178,8 @@ class Split:
 
     def joined(self, params: Tree, trained: Tree) -> Tree:
         """Returns `params` with its trained part replaced; the frozen part is not copied."""
+        if self.adapters:
+            return adapters.joined(params, trained)
         if self.upper_layers is None:
             return trained
 

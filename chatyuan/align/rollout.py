@@ -97,6 +97,7 @@ def make_rollout(
     pad_id: int = 0,
     seed: int = 0,
     mesh: Mesh | None = None,
+    apart: bool = False,
     method: str = "sample",
 ) -> RolloutFn:
     """Returns `rollout(params, prompts, prompt_lengths, prompt_ids) -> Rollouts`, compiled once.
@@ -113,16 +114,20 @@ def make_rollout(
       seed: of the draws.
       mesh: the devices of a run; weights that are split to save memory (fsdp) are gathered once a
         call instead of once a token. None = one device.
+      apart: the parameters and prompts come from other devices than those of `mesh` and are copied
+        to them; all that is returned is there.
       method: sample, or greedy for one most likely answer a prompt.
     """
     generate = make_generate(model, config.decoding(method), eos_id=eos_id, pad_id=pad_id)
-    gather = _gather(model, mesh)
+    gather = _gather(model, mesh, apart)
 
     @jax.jit
     def keys_of(prompt_ids: Array) -> Array:
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), prompt_ids)
 
     def rollout(params: Any, prompts: Array, prompt_lengths: Array, prompt_ids: Array) -> Rollouts:
+        if apart:
+            prompts, prompt_lengths, prompt_ids = moved((prompts, prompt_lengths, prompt_ids), mesh)
         output = generate(gather(params), prompts, prompt_lengths, keys_of(prompt_ids))
         answers = Answers(prompts, prompt_lengths, output.tokens, output.lengths)
         return Rollouts(answers, output.log_probs, prompt_ids)
@@ -130,15 +135,24 @@ def make_rollout(
     return rollout
 
 
-def _gather(model: Any, mesh: Mesh | None) -> Callable[[Any], Any]:
+def moved(tree: Any, mesh: Mesh | None) -> Any:
+    """Copies arrays `[B, ...]` to the devices of a mesh, B split over them; None = no change."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: jax.device_put(x, sharding.batch_sharding(x.shape, mesh)), tree)
+
+
+def _gather(model: Any, mesh: Mesh | None, apart: bool) -> Callable[[Any], Any]:
     """From the training placement to that of decoding, in which no parameter is split by fsdp."""
-    if mesh is None or mesh.shape["fsdp"] == 1:
+    if mesh is None or (mesh.shape["fsdp"] == 1 and not apart):
         return lambda params: params
     rules = {
         name: tuple(axis for axis in axes if axis != "fsdp")
         for name, axes in sharding.RULES.items()
     }
     places = sharding.shardings(model.abstract_params(), model.logical_axes(), mesh, rules=rules)
+    if apart:
+        return lambda params: jax.device_put(params, places)
     return jax.jit(lambda params: params, out_shardings=places)
 
 
@@ -180,18 +194,21 @@ def write_rollouts(
     rollouts: Rollouts,
     *,
     step: int,
+    version: int | None = None,
     rewards: np.ndarray,
     texts: Sequence[tuple[str, Sequence[str]]] | None = None,
 ) -> None:
     """Appends rollouts to a JSONL file, one answer a line; whole lines only.
 
-    Fields: step (the iteration, counted from 0, and so the version of the policy that drew it),
-    prompt_id, sample, prompt_tokens, tokens, log_probs, reward, and prompt and answer with `texts`.
+    Fields: step (the iteration that learns from it, counted from 0), version (how many iterations
+    the policy had learned from when it drew it), prompt_id, sample, prompt_tokens, tokens,
+    log_probs, reward, and prompt and answer with `texts`.
 
     Args:
       path: the file.
       rollouts: with arrays on the host or on devices.
       step: see above.
+      version: see above; None = step.
       rewards: `[B, G]`.
       texts: for each prompt its text and those of its answers.
 
@@ -205,6 +222,7 @@ def write_rollouts(
         for sample, length in enumerate(host.answers.lengths[row]):
             entry = {
                 "step": int(step),
+                "version": int(step if version is None else version),
                 "prompt_id": int(number),
                 "sample": sample,
                 "prompt_tokens": prompt,

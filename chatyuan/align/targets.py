@@ -13,6 +13,7 @@ from chatyuan.align.experience import Experience
 from chatyuan.ops import advantages as maths
 from chatyuan.ops.kl import kl_estimate
 from chatyuan.ops.masked import keep, masked_whiten
+from chatyuan.ops.policy_losses import truncated_importance_weights
 from chatyuan.ops.token_rewards import (
     Moments,
     merge_moments,
@@ -34,6 +35,8 @@ class Targets:
       old_log_probs, reference_log_probs: float32 `[B, G', T]`.
       advantages, returns, old_values: float32 `[B, G', T]`.
       mask: bool `[B, G', T]`, the tokens that are learned from.
+      importance: float32 `[B, G', T]`, what a token counts for since an older policy drew it; None
+        without a lag.
     """
 
     answers: Answers
@@ -43,6 +46,7 @@ class Targets:
     returns: Array
     old_values: Array
     mask: Array
+    importance: Array | None = None
 
 
 class Rewards(NamedTuple):
@@ -141,6 +145,7 @@ def make_targets(
         returns,
         experience.values,
         mask,
+        _importance(config, experience),
     )
     best_B = maths.best_of_n(rewards.scores)
     if config.method == "best_of_n":
@@ -151,6 +156,16 @@ def make_targets(
         chosen = _chosen(targets, jnp.stack([best_B, worst_B], axis=-1))
         return dataclasses.replace(chosen, mask=chosen.mask & differ)
     return targets
+
+
+def _importance(config: AlignConfig, experience: Experience) -> Array | None:
+    """`[B, G, T]` truncated p(token) of the policy before the update over that of its drawer."""
+    if not config.lag:
+        return None
+    rollouts = experience.rollouts
+    return truncated_importance_weights(
+        experience.log_probs, rollouts.log_probs, rollouts.answers.mask, cap=config.importance_cap
+    )
 
 
 def _advantages(
@@ -204,7 +219,7 @@ def _chosen(targets: Targets, places_BC: Array) -> Targets:
         answers, tokens=take(answers.tokens), lengths=take(answers.lengths)
     )
     rest = {
-        field.name: take(getattr(targets, field.name))
+        field.name: jax.tree.map(take, getattr(targets, field.name))  # None stays
         for field in dataclasses.fields(targets)
         if field.name != "answers"
     }

@@ -322,12 +322,18 @@ def _loss(
         # A mean is linear: its derivative is what the loss of each token counts for.
         shares = jax.grad(mean)(jnp.zeros(part.mask.shape, jnp.float32))
         of_tokens = (part.old_log_probs, part.advantages, part.reference_log_probs, part.mask)
+        weight = () if part.importance is None else (part.importance,)
         total, log_probs = token_loss(
             functools.partial(_of_token, config),
-            (*of_tokens, shares, weights["kl_coef"] * shares),
+            (*of_tokens, shares, weights["kl_coef"] * shares, *weight),
             *(module, hidden, part.answers, learner.temperature, on),
         )
-    terms = _surrogate(config, *map(_rows, (log_probs, part.old_log_probs, part.advantages)), rows)
+    terms = _surrogate(
+        config,
+        *map(_rows, (log_probs, part.old_log_probs, part.advantages)),
+        rows,
+        jax.tree.map(_rows, part.importance),
+    )
     count = jnp.sum(rows.astype(jnp.float32))
     for name in ("ratio", "approx_kl"):
         metrics[name] = (jnp.sum(getattr(terms, name)), count)
@@ -351,7 +357,12 @@ def _loss(
 
 
 def _surrogate(
-    config: AlignConfig, log_probs: Array, old_log_probs: Array, advantages: Array, mask: Array
+    config: AlignConfig,
+    log_probs: Array,
+    old_log_probs: Array,
+    advantages: Array,
+    mask: Array,
+    importance: Array | None,
 ) -> policy_losses.PolicyTerms:
     """The clipped loss of each token as configured."""
     return policy_losses.policy_loss(
@@ -359,6 +370,7 @@ def _surrogate(
         clip_low=config.clip,
         clip_high=config.clip if config.clip_high is None else config.clip_high,
         dual_clip=config.dual_clip,
+        weights_BT=importance,
     )
 
 
@@ -371,12 +383,14 @@ def _of_token(
     mask: Array,
     shares: Array,
     kl_shares: Array,
+    importance: Array | None = None,
 ) -> Array:
     """What each token adds to the loss of the policy."""
     if config.method == "best_of_n":
         losses = -shares * log_probs
     else:
-        losses = shares * _surrogate(config, log_probs, old_log_probs, advantages, mask).loss
+        terms = _surrogate(config, log_probs, old_log_probs, advantages, mask, importance)
+        losses = shares * terms.loss
     if config.kl_place == "loss":
         losses += kl_shares * kl_estimate(log_probs, reference_log_probs, config.kl_estimator)
     return jnp.where(mask, losses, 0.0)
@@ -420,6 +434,11 @@ def _figures(
         "prompt_tokens": (jnp.sum(answers.prompt_lengths).astype(jnp.float32), one),
         "answer_tokens": (jnp.sum(answers.lengths).astype(jnp.float32), one),
     }
+    if targets.importance is not None:
+        weights = targets.importance
+        capped = (weights >= learner.config.importance_cap).astype(jnp.float32)
+        figures["importance"] = (masked_mean(weights, targets.mask), one)
+        figures["importance_capped"] = (masked_mean(capped, targets.mask), one)
     if learner.critic is not None:
         figures["explained_variance"] = (
             policy_losses.explained_variance(

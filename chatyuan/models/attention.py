@@ -32,11 +32,11 @@ class Attention(nnx.Module):
         joined_kv = config.kv_heads * config.head_dim
         # T5 leaves scores unscaled and starts the queries smaller instead: one rule for any scale.
         query_init = normal((embed * config.head_dim) ** -0.5 / config.score_scale)
-        self.query = Linear((embed, joined), ("embed", "heads"), query_init)
+        self.query = Linear((embed, joined), ("embed", "heads"), query_init, config)
         kv_shape, kv_axes, kv_init = (embed, joined_kv), ("embed", "kv_heads"), normal(embed**-0.5)
-        self.key = Linear(kv_shape, kv_axes, kv_init)
-        self.value = Linear(kv_shape, kv_axes, kv_init)
-        self.out = Linear((joined, embed), ("heads", "embed"), normal(joined**-0.5))
+        self.key = Linear(kv_shape, kv_axes, kv_init, config)
+        self.value = Linear(kv_shape, kv_axes, kv_init, config)
+        self.out = Linear((joined, embed), ("heads", "embed"), normal(joined**-0.5), config)
         if config.qk_norm:
             self.query_norm = RMSNorm(config.head_dim, config.norm_epsilon, axis="kv")
             self.key_norm = RMSNorm(config.head_dim, config.norm_epsilon, axis="kv")

@@ -56,6 +56,10 @@ class ModelConfig:
         None,
         "factor on scores; None: 1 for T5's biases without qk_norm, else head_dim**-0.5",
     )
+    adapter_rank: int = _field(
+        0, "rank of the adapter (LoRA) beside each matrix of the blocks; 0 = none; see ppo"
+    )
+    adapter_alpha: float = _field(16.0, "adapters count alpha / rank times")
     dropout_rate: float = _field(0.0, "probability that a feature is dropped while training")
     norm_epsilon: float = _field(1e-6, "added to the mean square in RMSNorm")
     dtype: str = _field("float32", "compute dtype, float32 or bfloat16; parameters stay float32")
@@ -111,6 +115,8 @@ class ModelConfig:
                 raise UserError(f"ModelConfig.{name} = {getattr(self, name)} must be at least 1.")
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"ModelConfig.head_dim = {self.head_dim} must be even for rope.")
+        if self.adapter_rank < 0:
+            raise UserError(f"ModelConfig.adapter_rank = {self.adapter_rank} must be at least 0.")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise UserError(
                 f"ModelConfig.dropout_rate = {self.dropout_rate} must be in [0, 1): it is the "
@@ -118,6 +124,11 @@ class ModelConfig:
             )
         if self.causal_only and self.architecture != "prefix_lm":
             raise UserError("ModelConfig.causal_only = True needs architecture = 'prefix_lm'.")
+
+    @property
+    def adapter_scale(self) -> float:
+        """The factor of what adapters add."""
+        return self.adapter_alpha / self.adapter_rank if self.adapter_rank else 0.0
 
     @property
     def kv_heads(self) -> int:

@@ -78,17 +78,34 @@ def fold_in(keys: Array | None, data: jax.typing.ArrayLike) -> Array | None:
 
 
 class Linear(nnx.Module):
-    """A weight matrix: the only module in which activations meet weights."""
+    """A weight matrix: the only module in which activations meet weights.
+
+    With an adapter (LoRA, arXiv:2106.09685) it is kernel + scale * adapter_in @ adapter_out, never
+    made as one matrix; adapter_out begins at zero, and so does what is added.
+    """
 
     def __init__(
-        self, shape: tuple[int, ...], axes: tuple[str, ...], initializer: Initializer
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        initializer: Initializer,
+        config: ModelConfig | None = None,
     ) -> None:
-        """Creates the matrix `kernel`, [in, out]."""
+        """Creates the matrix `kernel`, [in, out]; `config` says whether it has an adapter."""
         self.kernel = param(shape, axes, initializer)
+        self.adapter_scale = config.adapter_scale if config is not None else 0.0
+        if self.adapter_scale:
+            (inputs, outputs), rank = shape, config.adapter_rank
+            self.adapter_in = param((inputs, rank), (axes[0], "adapter"), normal(inputs**-0.5))
+            self.adapter_out = param((rank, outputs), ("adapter", axes[1]), normal(0.0))
 
     def __call__(self, x: Array) -> Array:
         """Returns the product in the dtype of `x`."""
-        return linear(x, self.kernel[...].astype(x.dtype))
+        y = linear(x, self.kernel[...].astype(x.dtype))
+        if not self.adapter_scale:
+            return y
+        low = linear(x, self.adapter_in[...].astype(x.dtype))
+        return y + self.adapter_scale * linear(low, self.adapter_out[...].astype(x.dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -132,8 +149,8 @@ class Mlp(nnx.Module):
         embed, mlp = config.embed_dim, config.mlp_dim
         for name in self.input_names:
             initializer = truncated_normal(embed**-0.5)
-            setattr(self, name, Linear((embed, mlp), ("embed", "mlp"), initializer))
-        self.wo = Linear((mlp, embed), ("mlp", "embed"), truncated_normal(mlp**-0.5))
+            setattr(self, name, Linear((embed, mlp), ("embed", "mlp"), initializer, config))
+        self.wo = Linear((mlp, embed), ("mlp", "embed"), truncated_normal(mlp**-0.5), config)
 
     @property
     def input_names(self) -> tuple[str, ...]:

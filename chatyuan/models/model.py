@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from chatyuan.models.adapters import adapters_of
 from chatyuan.models.config import ModelConfig
 from chatyuan.models.encoder_decoder import EncoderDecoder
 from chatyuan.models.initializers import Initializer
@@ -45,6 +46,20 @@ class Model:
             initializer.draw(key, name, leaf.shape, place)
             for initializer, name, leaf, place in entries
         )
+
+    def init_adapters(self, key: Array, shardings: Params | None = None) -> Params:
+        """Returns the adapters of `init` alone; arguments as there, of the adapters."""
+        skeleton = _skeleton(self.config)
+        shapes = adapters_of(skeleton.params)
+        order = {name: place for place, name in enumerate(skeleton.names)}
+        leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+        places = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
+        drawn = []
+        for (path, leaf), place in zip(leaves, places, strict=True):
+            name = "/".join(part.key for part in path)
+            initializer = skeleton.initializers[order[name]]
+            drawn.append(initializer.draw(key, name, leaf.shape, place))
+        return structure.unflatten(drawn)
 
     def abstract_params(self) -> Params:
         """Returns the parameters as `jax.ShapeDtypeStruct`s."""

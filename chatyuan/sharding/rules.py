@@ -30,6 +30,7 @@ RULES: Rules = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "kv": (),
+    "adapter": (),
     "relpos_buckets": (),
     "layers": ("stage",),
     "stack": (),

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from chatyuan import checkpoints, sharding
+from chatyuan import sharding
 from chatyuan.align.pairs import answer_log_probs
 from chatyuan.checkpoint_files import check_writable
 from chatyuan.data.cache import folder_name
@@ -143,8 +143,9 @@ def fill(
         return
     shapes = model.abstract_params()
     places = sharding.shardings(shapes, model.logical_axes(), mesh)
-    params = checkpoints.load_params(
-        reference.checkpoint, sharding.with_shardings(shapes, places), use_ema=reference.use_ema
+    abstract = sharding.with_shardings(shapes, places)
+    params = _run_folder.load_weights(
+        reference.checkpoint, model, abstract, mesh, use_ema=reference.use_ema
     )
     score = jax.jit(
         lambda params, batch: answer_log_probs(model, params, answers_of(batch), mesh=mesh)

@@ -99,8 +99,8 @@ class Recorder:
         """Opens nothing yet."""
         self.path, self.next = path, -1
 
-    def __call__(self, step: int, scored: Scored) -> None:
-        """Writes those of iteration `step`."""
+    def __call__(self, step: int, version: int, scored: Scored) -> None:
+        """Writes those that iteration `step` learns from, drawn by policy `version`."""
         if step != self.next:  # after a start, or after going back
             truncate(self.path, step - 1)
         self.next = step + 1
@@ -111,5 +111,10 @@ class Recorder:
             for row, prompt in enumerate(host["prompts"][::groups])
         ]
         write_rollouts(
-            self.path, scored.experience.rollouts, step=step, rewards=scored.scores, texts=texts
+            self.path,
+            scored.experience.rollouts,
+            step=step,
+            version=version,
+            rewards=scored.scores,
+            texts=texts,
         )

@@ -6,10 +6,13 @@ import pathlib
 import shutil
 from typing import Any
 
-from chatyuan import checkpoint_files, checkpoints
+import jax
+
+from chatyuan import checkpoint_files, checkpoints, sharding
 from chatyuan.checkpoint_files import write_whole as write_whole  # for the stages
 from chatyuan.configs import from_json
 from chatyuan.errors import UserError
+from chatyuan.models import Model, adapters, build
 from chatyuan.models.config import ModelConfig
 from chatyuan.models.reward import Normalisation, RewardModel, read_normalisation
 from chatyuan.text.vocabulary import Vocabulary
@@ -107,6 +110,62 @@ def read_model(path: str, vocabulary: str | None = None) -> tuple[ModelConfig, V
     loaded = Vocabulary(file)
     check_vocabulary(path, meta, loaded)
     return from_json(ModelConfig, meta["model"]), loaded
+
+
+def load_weights(
+    path: str,
+    model: Model,
+    abstract: Any,
+    mesh: jax.sharding.Mesh,
+    *,
+    use_ema: bool = False,
+    seed: int = 0,
+) -> Any:
+    """Returns the weights of INIT_FROM for a model, adapters (`ModelConfig.adapter_rank`) included.
+
+    A run without adapters gives them none: they begin afresh, adding nothing. Those of a run with
+    adapters are added to its matrices for a model without.
+
+    Args:
+        path: MODEL_DIR, its checkpoints folder, or one STEP folder.
+        model: what they are for.
+        abstract: its shapes, placed.
+        mesh: on which.
+        use_ema: take the moving average.
+        seed: of new adapters.
+
+    Raises:
+        UserError: adapters of another rank or alpha, or as `checkpoints.load_params`.
+    """
+    meta, wanted = read_meta(path).get("model", {}), model.config
+    stored = {n: meta[n] for n in ("adapter_rank", "adapter_alpha") if meta.get("adapter_rank")}
+    if wanted.adapter_rank and stored:
+        if any(getattr(wanted, name) != value for name, value in stored.items()):
+            has, new = stored.values(), (wanted.adapter_rank, wanted.adapter_alpha)
+            raise UserError(
+                f"INIT_FROM = {path} has adapters of rank and alpha {', '.join(map(str, has))}; "
+                f"ModelConfig says {', '.join(map(str, new))}. Set adapter_rank and adapter_alpha "
+                "as there, or adapter_rank = 0 to add them to the matrices."
+            )
+    if bool(wanted.adapter_rank) == bool(stored):
+        return checkpoints.load_params(path, abstract, use_ema=use_ema)
+    if wanted.adapter_rank:
+        base = adapters.without_adapters(abstract)
+        weights = checkpoints.load_params(path, base, use_ema=use_ema)
+        places = jax.tree.map(lambda leaf: leaf.sharding, adapters.adapters_of(abstract))
+        return adapters.joined(weights, model.init_adapters(jax.random.key(seed), places))
+    whole = dataclasses.replace(wanted, **stored)
+    source = build(whole)
+    shapes = source.abstract_params()
+    shapes = sharding.with_shardings(
+        shapes, sharding.shardings(shapes, source.logical_axes(), mesh)
+    )
+    weights = checkpoints.load_params(path, shapes, use_ema=use_ema)
+    merge = jax.jit(
+        lambda params: adapters.merged(params, whole),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+    )
+    return merge(weights)
 
 
 def read_reward_model(

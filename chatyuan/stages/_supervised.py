@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,6 +101,8 @@ class TrainingConfig(RunConfig):
         """Checks what has no room of its own to check it."""
         if self.precompile == "":
             raise UserError("--precompile= has no value; write --precompile, or =v5e:2x4 say.")
+        if self.model.adapter_rank:
+            raise UserError("ModelConfig.adapter_rank: only ppo trains adapters; set it to 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,8 +142,9 @@ class Parts:
         if self.config.init_from is None:
             places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             return self.model.init(jax.random.key(self.config.seed), places)
-        return checkpoints.load_params(
-            self.config.init_from, abstract, use_ema=self.config.init_from_ema
+        config = self.config
+        return _run_folder.load_weights(
+            config.init_from, self.model, abstract, self.mesh, use_ema=config.init_from_ema
         )
 
     def evaluator(self, writer: Writer) -> Callable[[TrainState, int], Mapping[str, float]]:
@@ -176,12 +179,15 @@ class Parts:
         return [_samples.render_row(self.vocabulary, batch, row) for row in range(count)]
 
 
-def open_common(config: Any, batch_size: int) -> tuple[Vocabulary, jax.sharding.Mesh]:
+def open_common(
+    config: Any, batch_size: int, devices: Sequence[jax.Device] | None = None
+) -> tuple[Vocabulary, jax.sharding.Mesh]:
     """Checks what does not depend on the data; returns the vocabulary and the mesh.
 
     Args:
         config: the run: a RunConfig that also knows `microbatches` and `precompile`.
         batch_size: rows (or groups of rows) of the global batch that are split over the mesh.
+        devices: of the mesh; None = all.
 
     Raises:
         UserError: anything that would stop the run later.
@@ -195,7 +201,9 @@ def open_common(config: Any, batch_size: int) -> tuple[Vocabulary, jax.sharding.
         )
     if config.microbatches < 1:
         raise UserError(f"MICROBATCHES = {config.microbatches} must be at least 1.")
-    mesh = sharding.make_mesh(config.mesh, _precompile.devices(config.precompile))
+    if devices is None:
+        devices = _precompile.devices(config.precompile)
+    mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(batch_size, mesh, config.microbatches)
     check_pipeline(config.model, batch_size // config.microbatches, mesh)
     if config.init_from is not None:
@@ -207,12 +215,14 @@ def open_common(config: Any, batch_size: int) -> tuple[Vocabulary, jax.sharding.
     return vocabulary, mesh
 
 
-def open_alone(config: Any) -> tuple[Vocabulary, jax.sharding.Mesh]:
+def open_alone(
+    config: Any, devices: Sequence[jax.Device] | None = None
+) -> tuple[Vocabulary, jax.sharding.Mesh]:
     """As `open_common`, for stages that batch prompts: one process, no lengths or stages split."""
     stage = type(config).__module__.rpartition(".")[2]
     if jax.process_count() > 1:
         raise UserError(f"{stage} runs in one process, on any number of its devices.")
-    vocabulary, mesh = open_common(config, config.data.batch_size)
+    vocabulary, mesh = open_common(config, config.data.batch_size, devices)
     split = [axis for axis in ("sequence", "stage") if mesh.shape[axis] > 1]
     if split:
         raise UserError(

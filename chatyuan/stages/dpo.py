@@ -31,7 +31,7 @@ from chatyuan.metrics import METRICS, Writer, read_rows
 from chatyuan.models import build
 from chatyuan.models.loss import LossFn
 from chatyuan.ops.preference_losses import LOSSES, PreferenceLoss
-from chatyuan.stages import _preferences, _reference, _samples, _supervised
+from chatyuan.stages import _preferences, _reference, _run_folder, _samples, _supervised
 from chatyuan.stages._preferences import answers_of
 from chatyuan.text.vocabulary import Vocabulary
 from chatyuan.train.state import TrainState
@@ -120,8 +120,12 @@ class Parts(_preferences.Parts):
         """Returns the weights of the reference: of the very checkpoint its log-probs are of."""
         if self.reference is None:
             return super().initial_weights(abstract)
-        return checkpoints.load_params(
-            self.reference.checkpoint, abstract, use_ema=self.reference.use_ema
+        return _run_folder.load_weights(
+            self.reference.checkpoint,
+            self.model,
+            abstract,
+            self.mesh,
+            use_ema=self.reference.use_ema,
         )
 
     def figures(

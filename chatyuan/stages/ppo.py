@@ -11,6 +11,8 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,9 +23,9 @@ import numpy as np
 
 from chatyuan import checkpoints, configs, report, sharding
 from chatyuan.align.config import AlignConfig
-from chatyuan.align.iteration import PTX, Iteration, Roles, Scored
+from chatyuan.align.iteration import NEXT, PTX, Iteration, Roles, Scored
 from chatyuan.align.rewards import OpenSource, RewardSource, by_label, load_function
-from chatyuan.align.roles import AlignState, Critic, Split, init_state
+from chatyuan.align.roles import AlignState, Critic, Split, init_state, nothing_ahead
 from chatyuan.align.rollout import RolloutConfig, prompts_of
 from chatyuan.align.update import Learner
 from chatyuan.checkpoint_files import committed_steps
@@ -44,7 +46,10 @@ from chatyuan.train.schedules import make_schedule
 TRAINS = True  # takes the flags of several processes and of restarts
 ROLLOUTS = "rollouts.jsonl"
 # See `_supervised.MAY_CHANGE`; where roles come from may, since what they are is remembered.
-MAY_CHANGE = (*_supervised.MAY_CHANGE, "reward_from", "critic_from", "write_rollouts")
+MAY_CHANGE = (
+    *_supervised.MAY_CHANGE,
+    *("reward_from", "critic_from", "write_rollouts", "rollout_mesh"),
+)
 
 
 def _field(help_text: str, unit: str = "", **kwargs: Any) -> Any:
@@ -76,6 +81,11 @@ class Config(_supervised.RunConfig):
         "mixture for align.ptx_coef; batch_size counts rows of an iteration", default=None
     )
     ptx_objective: ObjectiveConfig = _field("what its texts become", default=ObjectiveConfig())
+    rollout_mesh: dict[str, int] | None = _field(
+        "axis -> parts of devices that only draw answers, the last ones; MESH has the others. "
+        "None = all do both",
+        default=None,
+    )
     num_samples: int = _field("samples shown at each evaluation", "samples", default=8)
     write_rollouts: bool = _field(f"append every answer to MODEL_DIR/{ROLLOUTS}", default=False)
 
@@ -117,6 +127,11 @@ class Config(_supervised.RunConfig):
                 f"critic_from = {self.critic_from} needs AlignConfig.method = 'ppo' and "
                 "AlignConfig.critic = 'separate'."
             )
+        if self.model.adapter_rank and separate and self.critic_from is None:
+            raise UserError(
+                "A separate critic of a policy with adapters has no weights of its own to start "
+                "from: name a run of reward as critic_from, or set AlignConfig.critic = 'shared'."
+            )
         if self.critic_learning_rate is not None and not self.align.has_critic:
             raise UserError(f"critic_learning_rate: method = {self.align.method!r} has no critic.")
 
@@ -157,6 +172,7 @@ class Parts:
     """What a configuration becomes before anything is computed or written.
 
     Attributes:
+        drawing_mesh: of the devices that only draw, None where all do both.
         origin: the STEP folder of INIT_FROM.
         sources: where scores come from, by the name in metrics.
         reward_models: those of the sources that are models, in their order.
@@ -168,6 +184,7 @@ class Parts:
     vocabulary: Any
     model: Any
     mesh: jax.sharding.Mesh
+    drawing_mesh: jax.sharding.Mesh | None
     loader: Loader
     evaluation: EvalLoader | None
     ptx_loader: Loader | None
@@ -220,19 +237,32 @@ class Parts:
         return sharding.with_shardings(shapes, places.state), places
 
     def _initialise(self) -> Callable[[Any, Any], AlignState]:
-        learner = self.learner
-        return functools.partial(
+        learner, data = self.learner, self.config.data
+
+        def initialise(params: Any, critic: Any) -> AlignState:
+            ahead = None
+            if self.config.align.lag:
+                ahead = nothing_ahead(data.batch_size, data.input_length, self.config.rollout)
+            return init(params, critic, ahead=ahead)
+
+        init = functools.partial(
             init_state,
             optimizer=learner.optimizer,
             critic_optimizer=learner.critic_optimizer,
             split=learner.split,
             kl_coef=self.config.align.kl_coef,
         )
+        return initialise
 
     def policy_weights(self, abstract: AlignState) -> Any:
         """Returns the weights of INIT_FROM, placed as the state's."""
-        return checkpoints.load_params(
-            self.origin, abstract.params, use_ema=self.config.init_from_ema
+        return _run_folder.load_weights(
+            self.origin,
+            self.model,
+            abstract.params,
+            self.mesh,
+            use_ema=self.config.init_from_ema,
+            seed=self.config.seed,
         )
 
     def fresh_state(self, weights: Any, places: sharding.Placement) -> AlignState:
@@ -251,7 +281,15 @@ class Parts:
         return made(weights, critic)
 
     def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the batches of iterations from `start` on; prompts are numbered by position."""
+        """Yields the batches of iterations from `start` on; with a lag, the next prompts too."""
+        rows = self._batches(start)
+        if not self.config.align.lag:
+            yield from rows
+        for now, after in itertools.pairwise(rows):
+            yield now | {f"{NEXT}{n}": x for n, x in after.items() if not n.startswith(PTX)}
+
+    def _batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of iterations; prompts are numbered by position."""
         size = self.config.data.batch_size
         ptx = None if self.ptx_loader is None else self.ptx_loader.iterate(start)
         for step, batch in enumerate(self.loader.iterate(start), start):
@@ -270,7 +308,7 @@ class Parts:
         self,
         reference: Any,
         placement: Any = None,
-        record: Callable[[int, Scored], None] | None = None,
+        record: Callable[[int, int, Scored], None] | None = None,
     ) -> Iteration:
         """Returns the step of the run; loads the reward models."""
         roles = Roles(
@@ -287,6 +325,7 @@ class Parts:
             pad_id=self.vocabulary.pad_id,
             seed=self.config.seed,
             placement=placement,
+            drawing_mesh=self.drawing_mesh,
             record=record,
         )
 
@@ -311,6 +350,10 @@ class Parts:
             "reference": "a copy" if layers is None else f"a copy of the last {layers} layers",
             "devices": _supervised.described(self.mesh),
         }
+        if align.lag or self.drawing_mesh is not None:
+            facts["answers drawn"] = "an iteration ahead" if align.lag else "between the updates"
+            if self.drawing_mesh is not None:
+                facts["answers drawn"] += f" by {_supervised.described(self.drawing_mesh)}"
         if align.has_critic:
             of = "a head on the policy" if align.critic == "shared" else "a model of its own"
             facts["critic"] = of + (
@@ -364,7 +407,8 @@ def assemble(config: Config) -> Parts:
             "Nothing gives rewards: pass --gin.REWARD_FROM=... (a run of reward), or list sources "
             "in ppo.Config.rewards."
         )
-    vocabulary, mesh = _supervised.open_alone(config)
+    devices, drawing = _devices(config)
+    vocabulary, mesh = _supervised.open_alone(config, devices)
     _check_sizes(config, mesh)
     meta = _run_folder.read_tuned_meta(
         config.init_from, "give the tuned model, and this as REWARD_FROM"
@@ -391,9 +435,24 @@ def assemble(config: Config) -> Parts:
         ptx_objective = Objective(config.ptx_objective, vocabulary, config.model.architecture)
         ptx = Loader(config.ptx, ptx_objective, open_sources(config.ptx, vocabulary))
     return Parts(
-        config, vocabulary, model, mesh, loader, evaluation, ptx, meta["path"],
+        config, vocabulary, model, mesh, drawing, loader, evaluation, ptx, meta["path"],
         by_label(found), tuple(models), critic, origins,
     )  # fmt: skip
+
+
+def _devices(config: Config) -> tuple[list[jax.Device] | None, jax.sharding.Mesh | None]:
+    """(devices of MESH, None = all; mesh of those that only draw)."""
+    if config.rollout_mesh is None:
+        return None, None
+    devices, wanted = jax.devices(), math.prod(config.rollout_mesh.values())
+    if not 1 <= wanted < len(devices):
+        raise UserError(
+            f"ppo.Config.rollout_mesh = {config.rollout_mesh} asks for {wanted} of {len(devices)} "
+            "devices; leave at least one for MESH, or None for all to do both. -1 is not offered."
+        )
+    drawing = sharding.make_mesh(config.rollout_mesh, devices[-wanted:])
+    sharding.check_batch(config.data.batch_size, drawing)
+    return devices[:-wanted], drawing
 
 
 def _open_prompts(config: Config, vocabulary: Any) -> tuple[Loader, EvalLoader | None]:

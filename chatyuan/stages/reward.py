@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chatyuan import checkpoints, sharding
+from chatyuan import sharding
 from chatyuan.align.answers import reward_scores
 from chatyuan.data.loader import DataConfig
 from chatyuan.errors import UserError, did_you_mean
@@ -145,8 +145,12 @@ class Parts(_preferences.Parts):
         shapes = language.abstract_params()
         places = sharding.shardings(shapes, language.logical_axes(), self.mesh)
         places |= jax.tree.map(lambda leaf: leaf.sharding, abstract[BACKBONE])
-        params = checkpoints.load_params(
-            origin, sharding.with_shardings(shapes, places), use_ema=self.config.init_from_ema
+        params = _run_folder.load_weights(
+            origin,
+            language,
+            sharding.with_shardings(shapes, places),
+            self.mesh,
+            use_ema=self.config.init_from_ema,
         )
         places = jax.tree.map(lambda leaf: leaf.sharding, abstract["head"])
         head = self.model.init_head(jax.random.key(self.config.seed), places)

@@ -18,6 +18,7 @@ from chatyuan.align.rollout import RolloutConfig, make_rollout
 from chatyuan.align.targets import make_targets, reward_answers
 from chatyuan.align.update import Learner, make_update, minibatch_gradients
 from chatyuan.errors import UserError
+from chatyuan.models import adapters, build
 from chatyuan.models.reward import RewardModel
 from chatyuan.ops.token_rewards import no_moments
 from chatyuan.train.optimizers import OptimizerConfig, make_optimizer
@@ -34,9 +35,14 @@ def samples_of(config):
 class World:
     """One configuration with its compiled programs."""
 
-    def __init__(self, config, kind="encoder_decoder", mesh=None, separate=False, layers=None):
+    def __init__(
+        self, config, kind="encoder_decoder", mesh=None, separate=False, layers=None, rank=0
+    ):
         self.config, self.mesh = config, mesh
         self.model, self.params = model_and_params(kind)
+        if rank:
+            self.model = build(dataclasses.replace(self.model.config, adapter_rank=rank))
+            self.params = self.model.init(jax.random.key(0))
         self.split = Split.of(self.model, layers)
         self.reward_model = RewardModel(self.model.config)
         critic = Critic(self.reward_model, separate) if config.has_critic else None
@@ -118,8 +124,9 @@ def likes_fives(experience):
 
 
 @functools.cache
-def world(method="ppo", kind="encoder_decoder", separate=False, layers=None, **more):
-    return World(AlignConfig(method=method, **SMALL, **dict(more)), kind, None, separate, layers)
+def world(method="ppo", kind="encoder_decoder", separate=False, layers=None, rank=0, **more):
+    config = AlignConfig(method=method, **SMALL, **dict(more))
+    return World(config, kind, None, separate, layers, rank)
 
 
 def assert_equal_trees(ours, theirs, **tolerance):
@@ -260,6 +267,33 @@ def test_a_frozen_lower_part_stays_and_the_reference_is_small():
 
 
 @pytest.mark.slow
+def test_adapters_alone_learn_and_the_reference_is_an_adapter():
+    ours = world(rank=2)
+    base = adapters.without_adapters(ours.params)
+    start = ours.fresh()
+    assert ours.reference.keys() == {"encoder", "decoder"}
+    sizes = [sum(x.size for x in jax.tree.leaves(t)) for t in (ours.reference, base)]
+    assert sizes[0] < sizes[1] / 2
+    moments = [x for x in jax.tree.leaves(start.opt_state) if x.ndim]
+    assert sum(x.size for x in moments) == 2 * sizes[0]
+    state, first = ours.run(1)
+    assert first["kl"] == pytest.approx(0, abs=1e-5)
+    assert_equal_trees(adapters.without_adapters(state.params), base)
+    state, last = ours.run(8, state)
+    assert last["score"] > first["score"] + 0.05 and last["kl"] > 0.01
+    assert_equal_trees(adapters.without_adapters(state.params), base)
+    # A policy that begins with an adapter: its reference is that, not the model without.
+    reference = jax.tree.map(jnp.copy, ours.split.trained(state.params))
+    experience = ours.experience(state)
+    again = ours.score(state.params, reference, state.critic, (), experience.rollouts)
+    np.testing.assert_array_equal(again.log_probs, again.reference_log_probs)
+    off = jax.tree.map(jnp.zeros_like, reference)
+    without = ours.score(state.params, off, state.critic, (), experience.rollouts)
+    assert np.abs(without.log_probs - without.reference_log_probs).max() > 0.01
+    with pytest.raises(UserError, match="both say what is trained"):
+        Split.of(ours.model, 1)
+
+
 def test_a_separate_critic_learns_while_the_policy_waits():
     ours = world(separate=True, critic_warmup=2)
     state, _ = ours.run(2)

@@ -16,6 +16,7 @@ from workshop import untimed as untimed_rows
 
 from chatyuan.align.iteration import Iteration
 from chatyuan.align.rollout import read_rollouts
+from chatyuan.checkpoints import read_meta
 from chatyuan.data.cache import CacheWriter
 from chatyuan.main import main
 from chatyuan.text.tokenizer import TokenizerConfig, train_tokenizer
@@ -226,6 +227,8 @@ def test_mistakes_are_told_before_anything_is_written(ppo, shop, tuned, trained,
         ({"AlignConfig__reference_layers": 3}, "more than the 1 decoder layers"),
         ({"MESH": {"data": 4, "sequence": 2}}, "which ppo cannot"),
         ({"AlignConfig__min_length": 9}, "within TARGET_LENGTH = 8"),
+        ({"ppo__Config__rollout_mesh": {"data": 8}}, "leave at least one for MESH"),
+        ({"AlignConfig__lag": 2}, "should be 0 or 1"),
     ):
         assert ppo("ppo_mistaken", **settings) == 2, settings
         told = capsys.readouterr().err
@@ -305,6 +308,54 @@ def test_every_method_is_a_run(ppo, settings, request):
     assert all(math.isfinite(row["loss"]) for row in found[1:])
     assert found[-1]["eval/kl"] != 0
     assert ppo(name, **align, TRAIN_STEPS=3) == 0
+
+
+def test_drawing_ahead_on_devices_of_their_own_resumes_bitwise(ppo, capsys):
+    settings = {
+        **STATEFUL, "AlignConfig__lag": 1, "MESH": {"data": 2, "fsdp": 2},
+        "ppo__Config__rollout_mesh": {"data": 4},
+    }  # fmt: skip
+    assert ppo("ppo_ahead", TRAIN_STEPS=4, **settings) == 0
+    assert "an iteration ahead by 4 x cpu" in capsys.readouterr().out
+    assert ppo("ppo_ahead_half", TRAIN_STEPS=2, **settings) == 0
+    assert ppo("ppo_ahead_half", TRAIN_STEPS=4, **settings) == 0
+    assert_same_run(ppo.root / "ppo_ahead", ppo.root / "ppo_ahead_half", 4)
+    found = read_rollouts(ppo.root / "ppo_ahead" / "rollouts.jsonl")
+    assert {(row["step"], row["version"]) for row in found} == {(0, 0), (1, 0), (2, 1), (3, 2)}
+    figures = rows(ppo.root / "ppo_ahead" / "metrics.jsonl")
+    assert [row["lag"] for row in figures[1:]] == [0, 1, 1, 1]
+    assert all(0 < row["importance"] < 2 for row in figures[1:])
+
+
+def test_adapters_are_trained_alone_and_read_by_others(ppo, shop, tuned, capsys):
+    low = {"ModelConfig__adapter_rank": 2, "TRAIN_STEPS": 2}
+    assert ppo("ppo_low", **low) == 0
+    folder = ppo.root / "ppo_low"
+    ours, theirs = arrays(folder, 2), arrays(tuned, read_meta(tuned)["step"])
+    base = [name for name in theirs if name.startswith("params/")]
+    assert {n for n in ours if n.startswith("params/") and "/adapter_" not in n} == set(base)
+    for name in base:
+        assert ours[name].tobytes() == theirs[name].tobytes(), name
+    changed = [n for n in ours if n.startswith("params/") and n.endswith("adapter_out")]
+    assert changed and any(ours[name].any() for name in changed)
+    assert not any("kernel" in name for name in ours if name.startswith("opt_state/"))
+    # Read as it is, with its adapters; by ppo again, which keeps them; by sft, which adds them.
+    prompts = write_lines(shop.root / "low.txt", ["天空"])
+    answers = {"INIT_FROM": folder, "MODEL_DIR": shop.root / "low_answers"}
+    assert shop.run("infer", str(prompts), **answers) == 0
+    assert ppo("ppo_lower", INIT_FROM=folder, **low) == 0
+    figures = rows(ppo.root / "ppo_lower" / "metrics.jsonl")
+    assert figures[1]["kl"] == pytest.approx(0, abs=1e-5)
+    assert ppo("ppo_other", INIT_FROM=folder, **low | {"ModelConfig__adapter_rank": 3}) == 2
+    assert "Set adapter_rank and adapter_alpha as there" in capsys.readouterr().err
+    assert ppo("ppo_merged", INIT_FROM=folder, TRAIN_STEPS=1, LEARNING_RATE=0.0) == 0
+    merged = arrays(ppo.root / "ppo_merged", 1)
+    assert {n for n in merged if n.startswith("params/")} == set(base)
+    for name in changed[:3]:
+        stem = name.removesuffix("adapter_out")
+        low_rank = ours[f"{stem}adapter_in"].astype(np.float64) @ ours[name].astype(np.float64)
+        want = theirs[f"{stem}kernel"] + 16.0 / 2 * low_rank
+        np.testing.assert_allclose(merged[f"{stem}kernel"], want, atol=1e-5)
 
 
 @pytest.mark.slow
