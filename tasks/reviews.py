@@ -1,4 +1,4 @@
-"""Reviews: plain text, sentiment as an instruction, and continuation of the opening clause."""
+"""Reviews: plain text, sentiment as an instruction, continuation of the opening clause."""
 
 import re
 from collections.abc import Iterator
@@ -79,6 +79,17 @@ def continuation(split: str, skipped: files.Skipped) -> Iterator[dict[str, Any]]
         yield {"inputs": f"{prompt}{opening}", "targets": rest, "id": item.id}
 
 
+def continuation_sentiment(split: str, skipped: files.Skipped) -> Iterator[dict[str, Any]]:
+    """Does the continuation alone come from a good or a bad review? What a judge learns from."""
+    for item in sources.select("review", split, skipped):
+        assert item.label is not None
+        parts = cut(item.key_text)
+        if parts is None:
+            skipped["too_short"] += 1
+            continue
+        yield {"inputs": parts[1], "targets": ANSWERS[item.label], "id": item.id}
+
+
 def _source(rows: seqio_tasks.RowsFn) -> seqio_tasks.TextSource:
     return seqio_tasks.TextSource(rows, sources.SPLITS, files=sources.all_files)
 
@@ -86,3 +97,4 @@ def _source(rows: seqio_tasks.RowsFn) -> seqio_tasks.TextSource:
 seqio_tasks.add_text_task("reviews_text", _source(texts), features=("targets",))
 seqio_tasks.add_text_task("review_sentiment", _source(sentiment))
 seqio_tasks.add_text_task("review_continuation", _source(continuation))
+seqio_tasks.add_text_task("continuation_sentiment", _source(continuation_sentiment))

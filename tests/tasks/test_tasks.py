@@ -38,6 +38,17 @@ def test_text_tasks(name):
         assert all(normalize(text) == text and text.strip() for text in texts[:500])
 
 
+def test_a_judge_learns_from_continuations_alone():
+    for split in ("validation", "test"):
+        found, whole = rows("continuation_sentiment", split), rows("review_continuation", split)
+        assert [row["id"] for row in found] == [row["id"] for row in whole]
+        assert [row["inputs"] for row in found] == [row["targets"] for row in whole]
+        labels = {row["id"]: row["targets"] for row in rows("review_sentiment", split)}
+        assert all(row["targets"] == labels[row["id"]] for row in found)
+        share = sum(row["targets"] == "好评" for row in found) / len(found)
+        assert 0.3 < share < 0.7
+
+
 @pytest.mark.parametrize("name", INSTRUCT)
 def test_instruction_tasks(name):
     least, choices = INSTRUCT[name]
