@@ -5,6 +5,8 @@ own, write a module that registers seqio tasks and name it: --gin.build_cache.ta
 a file: MIXTURE=file:/path/to/your.jsonl needs no code.
 """
 
+# First: it imports TensorFlow without its greetings.
+from chatyuan.data import seqio_tasks  # noqa: F401
 from tasks import corpora, dialogues, idioms, mixtures, newspaper, reviews
 
 __all__ = ["corpora", "dialogues", "idioms", "mixtures", "newspaper", "reviews"]

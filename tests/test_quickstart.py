@@ -27,6 +27,31 @@ def is_chinese(text: str) -> bool:
     return bool(letters) and sum("\u4e00" <= c <= "\u9fff" for c in letters) / len(letters) > 0.9
 
 
+def check_alignment(folder: pathlib.Path) -> None:
+    """The reward model tells answers apart; PPO raises rewards, and a judge agrees."""
+
+    def evaluations(name: str, figure: str) -> list[dict]:
+        return [row for row in read_rows(folder / name / "metrics.jsonl") if figure in row]
+
+    accuracy = evaluations("reward", "eval/accuracy")[-1]["eval/accuracy"]
+    first, *_, last = evaluations("ppo", "eval/score")
+    paths = (folder / "continuations" / when / "evaluation.json" for when in ("before", "after"))
+    before, after = (json.loads(path.read_text(encoding="utf-8"))["tasks"][0] for path in paths)
+    print(f"reward model {accuracy:.3f}; {first} -> {last}; {before} -> {after}")
+    assert accuracy >= 0.85
+    assert last["eval/score"] - first["eval/score"] >= first["eval/score_std"]
+    assert first["eval/kl"] == pytest.approx(0, abs=1e-3) and 0 < last["eval/kl"] <= 10
+    assert before["examples"] >= 300 and before["judge's accuracy"] > 0.65
+    assert after["judged 好评"] - before["judged 好评"] >= 0.20
+    # No collapse into one answer.
+    assert after["distinct-2"] > 0.5 * before["distinct-2"]
+    assert 0.5 < after["characters"] / before["characters"] < 2
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    for plot in ("reward/plots/accuracy_by_gap.png", "ppo/plots/reward.png"):
+        assert (folder / plot).stat().st_size > 5000
+    assert "ppo/plots/reward.png" in report and "judged 好评" in report
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_quickstart_learns_chinese(tmp_path: pathlib.Path) -> None:
@@ -65,6 +90,8 @@ def test_quickstart_learns_chinese(tmp_path: pathlib.Path) -> None:
     assert all(reply[:8] in report for reply in replies)
     for plot in ("pretrain/plots/loss.png", "sft/plots/loss.png"):
         assert (folder / plot).stat().st_size > 5000 and plot in report
+
+    check_alignment(folder)
 
     # The largest of the processes that the command started; they run one after another.
     peak = int(done.stdout.split()[-1]) / GIB
