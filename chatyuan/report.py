@@ -76,7 +76,9 @@ def write_report(
     """
     folder = pathlib.Path(model_dir)
     run = Section("", model_dir=folder, samples=samples)
-    parts = [f"# {escape(title)}", _summary(folder, facts or {})]
+    parts = [f"# {escape(title)}"]
+    if facts or not evaluation or read_rows(folder / METRICS):  # an evaluation has no curves
+        parts.append(_summary(folder, facts or {}))
     if data_table:
         parts += ["## Data", table(data_table)]
     parts += _curves(folder, folder, "## Curves")

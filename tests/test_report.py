@@ -83,6 +83,8 @@ def test_report_of_a_run(run):
 def test_report_before_the_first_figures(tmp_path):
     text = write_report(tmp_path / "new", title="x").read_text()
     assert "No figures were reported yet." in text and "![" not in text
+    text = write_report(tmp_path / "new", title="x", evaluation={"accuracy": 0.5}).read_text()
+    assert "accuracy" in text and "No figures" not in text
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": None}) + "\n{bro")
     text = write_report(tmp_path, title="x").read_text()
     assert "| steps | 1 |" in text and not (tmp_path / "plots").exists()
