@@ -343,13 +343,13 @@ def test_adapters_are_trained_alone_and_read_by_others(ppo, shop, tuned, capsys)
     prompts = write_lines(shop.root / "low.txt", ["天空"])
     answers = {"INIT_FROM": folder, "MODEL_DIR": shop.root / "low_answers"}
     assert shop.run("infer", str(prompts), **answers) == 0
-    assert ppo("ppo_lower", INIT_FROM=folder, **low) == 0
-    figures = rows(ppo.root / "ppo_lower" / "metrics.jsonl")
+    assert ppo("ppo_low_again", INIT_FROM=folder, **low) == 0
+    figures = rows(ppo.root / "ppo_low_again" / "metrics.jsonl")
     assert figures[1]["kl"] == pytest.approx(0, abs=1e-5)
-    assert ppo("ppo_other", INIT_FROM=folder, **low | {"ModelConfig__adapter_rank": 3}) == 2
+    assert ppo("ppo_low_rank", INIT_FROM=folder, **low | {"ModelConfig__adapter_rank": 3}) == 2
     assert "Set adapter_rank and adapter_alpha as there" in capsys.readouterr().err
-    assert ppo("ppo_merged", INIT_FROM=folder, TRAIN_STEPS=1, LEARNING_RATE=0.0) == 0
-    merged = arrays(ppo.root / "ppo_merged", 1)
+    assert ppo("ppo_low_merged", INIT_FROM=folder, TRAIN_STEPS=1, LEARNING_RATE=0.0) == 0
+    merged = arrays(ppo.root / "ppo_low_merged", 1)
     assert {n for n in merged if n.startswith("params/")} == set(base)
     for name in changed[:3]:
         stem = name.removesuffix("adapter_out")
