@@ -2,6 +2,8 @@
 
 import importlib.util
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -26,3 +28,11 @@ def test_there_are_many_of_every_kind():
     assert len(modules) >= 25
     assert all(modules.count(module) >= 3 for module in set(modules))
     assert len({mutant.name for mutant in mutants.MUTANTS}) == len(modules)
+
+
+def test_the_command_kills():
+    """One mutant of all: that the tests do meet the mutated source."""
+    program = pathlib.Path(__file__).parent / "mutants" / "run.py"
+    command = [sys.executable, str(program), "k2 without its half"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "killed 1/1" in done.stdout, done.stdout + done.stderr

@@ -94,7 +94,8 @@ def outcome(tests: str, mutant: Mutant | None = None) -> tuple[int, str]:
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
             options = ["-q", "-x", "--no-header", "--tb=line", "--durations=0", "--assert=plain"]
-            status = pytest.main([*options, "-p", "no:cacheprovider", tests])
+            # Workers of pytest-xdist would import the source as it is.
+            status = pytest.main([*options, "-n", "0", "-p", "no:cacheprovider", tests])
     finally:
         if finder is not None:
             sys.meta_path.remove(finder)
