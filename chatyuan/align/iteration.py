@@ -36,7 +36,6 @@ Tree = Any
 Metrics = dict[str, tuple[Any, Any]]
 PTX = "ptx/"  # how the names of the pretraining mixture's features begin in a batch
 NEXT = "next/"  # and those of the next iteration's prompts, with a lag
-PROMPTS = ("prompts", "prompt_lengths", "prompt_ids")
 PHASES = ("rollout", "score", "update")
 
 
@@ -227,8 +226,7 @@ class Iteration:
 
 
 def _prompts(batch: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-    prompts, lengths, ids = (batch[name] for name in PROMPTS)
-    return prompts, lengths, ids
+    return batch["prompts"], batch["prompt_lengths"], batch["prompt_ids"]
 
 
 def _named(batch: Mapping[str, Array], prefix: str) -> dict[str, Array]:

@@ -76,20 +76,6 @@ class CharNgramClassifier:
         return float(self._model.score(self._vectorizer.transform(texts), labels))
 
 
-def char_ngram_accuracy(
-    train_texts: Sequence[str],
-    train_labels: Sequence[int] | Sequence[str],
-    test_texts: Sequence[str],
-    test_labels: Sequence[int] | Sequence[str],
-) -> float:
-    """Accuracy on the test texts of a `CharNgramClassifier` fitted on the train texts.
-
-    Raises:
-      UserError: scikit-learn is missing, a set is empty, or there is one label only.
-    """
-    return CharNgramClassifier(train_texts, train_labels).accuracy(test_texts, test_labels)
-
-
 def cached_examples(
     cache_dir: str | os.PathLike[str], task: str, split: str, vocabulary: Vocabulary
 ) -> tuple[list[str], list[str]]:

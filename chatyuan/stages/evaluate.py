@@ -28,6 +28,7 @@ from chatyuan.decode.config import DecodeConfig
 from chatyuan.decode.text import TextConfig, TextGenerator
 from chatyuan.errors import UserError, did_you_mean
 from chatyuan.evaluate import text_metrics
+from chatyuan.evaluate.baseline import CharNgramClassifier, cached_examples
 from chatyuan.evaluate.choices import ChoiceScorer
 from chatyuan.models import Model, build
 from chatyuan.models.loss import LossConfig, eval_loss
@@ -279,8 +280,6 @@ def _baseline(
 
 def _linear(config: Config, task: str, split: str, vocabulary: Vocabulary) -> Any:
     """A linear model on character n-grams, fitted to a cached task."""
-    from chatyuan.evaluate.baseline import CharNgramClassifier, cached_examples
-
     return CharNgramClassifier(*cached_examples(config.cache_dir, task, split, vocabulary))
 
 
@@ -289,8 +288,6 @@ class _Judge:
 
     def __init__(self, config: Config, vocabulary: Vocabulary) -> None:
         """Fits it on judge_split; measures it on the split that is evaluated."""
-        from chatyuan.evaluate.baseline import cached_examples
-
         assert config.judge is not None
         self.model = _linear(config, config.judge, config.judge_split, vocabulary)
         known = cached_examples(config.cache_dir, config.judge, config.split, vocabulary)

@@ -237,21 +237,22 @@ class Parts:
         return sharding.with_shardings(shapes, places.state), places
 
     def _initialise(self) -> Callable[[Any, Any], AlignState]:
-        learner, data = self.learner, self.config.data
+        learner, config, data = self.learner, self.config, self.config.data
 
         def initialise(params: Any, critic: Any) -> AlignState:
             ahead = None
-            if self.config.align.lag:
-                ahead = nothing_ahead(data.batch_size, data.input_length, self.config.rollout)
-            return init(params, critic, ahead=ahead)
+            if config.align.lag:
+                ahead = nothing_ahead(data.batch_size, data.input_length, config.rollout)
+            return init_state(
+                params,
+                critic,
+                optimizer=learner.optimizer,
+                critic_optimizer=learner.critic_optimizer,
+                split=learner.split,
+                kl_coef=config.align.kl_coef,
+                ahead=ahead,
+            )
 
-        init = functools.partial(
-            init_state,
-            optimizer=learner.optimizer,
-            critic_optimizer=learner.critic_optimizer,
-            split=learner.split,
-            kl_coef=self.config.align.kl_coef,
-        )
         return initialise
 
     def policy_weights(self, abstract: AlignState) -> Any:
@@ -285,6 +286,7 @@ class Parts:
         rows = self._batches(start)
         if not self.config.align.lag:
             yield from rows
+            return
         for now, after in itertools.pairwise(rows):
             yield now | {f"{NEXT}{n}": x for n, x in after.items() if not n.startswith(PTX)}
 
@@ -336,7 +338,11 @@ class Parts:
         price = f"{align.kl_coef:g} per nat in the {align.kl_place} ({align.kl_estimator})"
         if align.kl_target is not None:
             price += f", adapted to {align.kl_target:g} nats an answer"
-        layers = align.reference_layers
+        layers, reference = align.reference_layers, "a copy"
+        if layers is not None:
+            reference = f"a copy of the last {layers} layers"
+        elif self.config.model.adapter_rank:
+            reference = f"a frozen adapter of rank {self.config.model.adapter_rank}"
         facts = {
             "method": align.method,
             "iteration": f"{data.batch_size} prompts of up to {data.input_length} tokens x "
@@ -347,7 +353,7 @@ class Parts:
                 f"{name} x {opened.source.weight:g}" for name, opened in self.sources.items()
             ),
             "KL": price,
-            "reference": "a copy" if layers is None else f"a copy of the last {layers} layers",
+            "reference": reference,
             "devices": _supervised.described(self.mesh),
         }
         if align.lag or self.drawing_mesh is not None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from align_models import EOS, prompts
+from align_models import prompts
 from test_update import SMALL, B, World, assert_equal_trees
 
 from chatyuan import sharding
@@ -148,4 +148,3 @@ def test_settings_that_make_no_sense_are_told():
     ):
         with pytest.raises(UserError, match=words):
             AlignConfig(**settings)
-    assert EOS != 0

@@ -294,6 +294,7 @@ def test_adapters_alone_learn_and_the_reference_is_an_adapter():
         Split.of(ours.model, 1)
 
 
+@pytest.mark.slow
 def test_a_separate_critic_learns_while_the_policy_waits():
     ours = world(separate=True, critic_warmup=2)
     state, _ = ours.run(2)

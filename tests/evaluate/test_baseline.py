@@ -6,11 +6,7 @@ import pytest
 
 from chatyuan.data import cache
 from chatyuan.errors import UserError
-from chatyuan.evaluate.baseline import (
-    CharNgramClassifier,
-    cached_examples,
-    char_ngram_accuracy,
-)
+from chatyuan.evaluate.baseline import CharNgramClassifier, cached_examples
 from chatyuan.text.tokenizer import TokenizerConfig, train_tokenizer
 from chatyuan.text.vocabulary import Vocabulary
 
@@ -26,10 +22,10 @@ def reviews(count: int, seed: int) -> tuple[list[str], list[int]]:
 
 
 def test_accuracy():
-    assert char_ngram_accuracy(*reviews(200, 0), *reviews(100, 1)) == 1.0
+    assert CharNgramClassifier(*reviews(200, 0)).accuracy(*reviews(100, 1)) == 1.0
     texts, labels = reviews(400, 2)
     shuffled = random.Random(3).sample(labels, len(labels))
-    assert char_ngram_accuracy(texts, shuffled, *reviews(200, 4)) < 0.7
+    assert CharNgramClassifier(texts, shuffled).accuracy(*reviews(200, 4)) < 0.7
 
 
 def test_from_a_cache(tmp_path):
@@ -59,8 +55,8 @@ def test_from_a_cache(tmp_path):
 
 def test_mistakes_are_explained():
     with pytest.raises(UserError, match="0 texts to test on"):
-        char_ngram_accuracy(*reviews(20, 0), [], [])
+        CharNgramClassifier(*reviews(20, 0)).accuracy([], [])
     with pytest.raises(UserError, match="0 texts to train on"):
-        char_ngram_accuracy([], [], ["a"], [0])
+        CharNgramClassifier([], [])
     with pytest.raises(UserError, match="needs two labels"):
-        char_ngram_accuracy(["a", "b"], [1, 1], ["a"], [1])
+        CharNgramClassifier(["a", "b"], [1, 1])

@@ -12,7 +12,7 @@ from workshop import PAIRS, rows, write_lines
 
 from chatyuan import configs
 from chatyuan.evaluate import text_metrics
-from chatyuan.evaluate.baseline import CharNgramClassifier, char_ngram_accuracy
+from chatyuan.evaluate.baseline import CharNgramClassifier
 from chatyuan.models import build
 from chatyuan.stages import _run_folder
 from chatyuan.text.vocabulary import Vocabulary
@@ -198,10 +198,10 @@ def test_choices_are_counted(shop, pretrained):
     praised = sum(p["targets"] == "好评" for p in predictions)
     assert row["majority"] == max(praised, 16 - praised) / 16
     train = rows(shop.root / "reviews" / "train.jsonl")
-    expected = char_ngram_accuracy(
-        [e["input"] for e in train], [e["target"] for e in train],
-        [p["inputs"] for p in predictions], [p["targets"] for p in predictions],
-    )  # fmt: skip
+    fitted = CharNgramClassifier([e["input"] for e in train], [e["target"] for e in train])
+    expected = fitted.accuracy(
+        [p["inputs"] for p in predictions], [p["targets"] for p in predictions]
+    )
     assert row["linear baseline"] == pytest.approx(expected) and expected > 0.5
     assert math.isfinite(row["loss"]) and row["loss"] > 1
 
