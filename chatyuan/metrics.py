@@ -178,9 +178,15 @@ class Writer:
             self._tensorboard = _summary_writer_class()(
                 str(self.model_dir / TENSORBOARD), purge_step=self._start_step + 1
             )
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                self._tensorboard.add_scalar(name, value, row["step"])
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in row.items()
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+        # One event for all: `add_scalar` makes one of each, in 50 microseconds.
+        self._tensorboard.file_writer.add_summary(Summary(value=values), row["step"])
 
     def _show(self, row: Mapping[str, Any]) -> None:
         line = status_line(row, self.total_steps)

@@ -69,6 +69,10 @@ def _import_later() -> None:
     for name in _LATER:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        import numba
+
+        numba.njit(lambda: None)()  # fills the tables that it needs for compiled functions on disk
     gc.freeze()  # a collection in a child would copy the pages that it shares with this process
 
 

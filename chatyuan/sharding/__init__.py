@@ -6,6 +6,7 @@ from chatyuan.sharding.batch import (
     check_batch,
     check_lengths,
     process_rows,
+    shard_ahead,
     shard_batch,
 )
 from chatyuan.sharding.communication import Collective, Use, parameter_communication, summed
@@ -51,6 +52,7 @@ __all__ = [
     "read_collectives",
     "process_rows",
     "rules_here",
+    "shard_ahead",
     "shard_batch",
     "shardings",
     "state_shardings",

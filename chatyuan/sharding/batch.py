@@ -1,7 +1,8 @@
 """From the rows that a process has read to the global arrays of a step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -34,6 +35,22 @@ def shard_batch(
         )
         for name, value in host_batch.items()
     }
+
+
+def shard_ahead(
+    host_batches: Iterator[Mapping[str, np.ndarray]], mesh: Mesh
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields `shard_batch` of each; a thread makes the next one while the one before is used."""
+
+    def make() -> dict[str, jax.Array] | None:
+        batch = next(host_batches, None)
+        return None if batch is None else shard_batch(batch, mesh)
+
+    with ThreadPoolExecutor(1, "batches") as thread:
+        ahead = thread.submit(make)
+        while (ready := ahead.result()) is not None:
+            ahead = thread.submit(make)
+            yield ready
 
 
 def process_rows(

@@ -9,6 +9,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -362,13 +363,20 @@ def run(
 
     ramp = bool(parts.loader.config.batch_ramp)
     newest = max(committed_steps(_checkpoints(config)), default=0)
-    if newest < config.loop.train_steps:
-        parts.loader.warm_up(newest)
-        train_step.compile_ahead(*_step_arguments(parts, program))
-        parts.prepare()
 
-    with Checkpointer(config.model_dir, config.checkpoint) as checkpointer:
-        state, resumed = checkpoints.restore_or_init(checkpointer, abstract, fresh)
+    with (
+        Checkpointer(config.model_dir, config.checkpoint) as checkpointer,
+        ThreadPoolExecutor(1, "restore") as reader,
+    ):
+        restore = checkpoints.restore_or_init
+        restored = reader.submit(restore, checkpointer, abstract, lambda: None)
+        if newest < config.loop.train_steps:  # traced meanwhile
+            parts.loader.warm_up(newest)
+            train_step.compile_ahead(*_step_arguments(parts, program))
+            parts.prepare()
+        state, resumed = restored.result()
+        if state is None:
+            state = fresh()
         if jax.process_index() == 0:
             configs.save_run(config, config.model_dir)
             _run_folder.keep_vocabulary(parts.vocabulary, config.model_dir)
@@ -384,7 +392,7 @@ def run(
                 config.loop,
                 state=state,
                 train_step=train_step,
-                batches=lambda step: placed(parts.loader.iterate(step), parts.mesh),
+                batches=lambda step: sharding.shard_ahead(parts.loader.iterate(step), parts.mesh),
                 writer=writer,
                 checkpointer=checkpointer,
                 evaluate=parts.evaluator(writer),
@@ -401,17 +409,6 @@ def run(
                 ),
                 facts=parts.facts() | places.facts(),
             )
-
-
-def placed(batches: Iterator[Batch], mesh: jax.sharding.Mesh) -> Iterator[Batch]:
-    """Yields global device arrays, always one batch ahead of the one in use."""
-    ahead = None
-    for batch in batches:
-        ready, ahead = ahead, sharding.shard_batch(batch, mesh)
-        if ready is not None:
-            yield ready
-    if ahead is not None:
-        yield ahead
 
 
 def flops_per_step(parts: Parts, step: int = 0) -> float:

@@ -561,7 +561,7 @@ def run(config: Config) -> None:
                 config.loop,
                 state=state,
                 train_step=iteration,
-                batches=lambda step: _supervised.placed(parts.batches(step), parts.mesh),
+                batches=lambda step: sharding.shard_ahead(parts.batches(step), parts.mesh),
                 writer=writer,
                 checkpointer=checkpointer,
                 evaluate=_rollouts.Evaluation(parts, iteration, writer),
