@@ -240,7 +240,7 @@ def main() -> int:
     common.add_common_flags(parser)
     parser.add_argument("--every", type=float, default=60.0, help="seconds from kill to kill")
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--period", type=int, default=5, help="steps between checkpoints")
+    parser.add_argument("--period", type=int, default=6, help="steps between checkpoints")
     parser.add_argument("--model", default="gin/models/t5_1_1/tiny.gin", help="gin file")
     parser.add_argument("--folder", help="where to write; its disk is measured too")
     arguments = parser.parse_args()
