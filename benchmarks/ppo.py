@@ -1,6 +1,6 @@
-"""One PPO iteration of a 22.7M-parameter T5 1.1: ours beside a Hugging Face torch loop.
+"""One PPO iteration of a 22.7M-parameter T5 1.1: ours beside Hugging Face torch loops.
 
-    python benchmarks/ppo.py [--check]
+    python benchmarks/ppo.py [--check] [--trl_python=PYTHON]
 
 64 prompts of 64 tokens, one answer of 64 tokens each, then 4 epochs x 2 minibatches of AdamW. Both
 sides hold the same float32 weights and do the same work: sample from the whole vocabulary, score
@@ -14,6 +14,12 @@ needed, fused cross-entropy and AdamW.
 Before anything is timed both sides score 8 given answers and take one step on them: log-probs,
 entropies and norms of the gradients must agree, or nothing is reported. They run in processes of
 their own and take turns.
+
+With `--trl_python` TRL takes a turn too: Hugging Face's own trainer, in its last release for
+encoder-decoders, on the same model, prompts, lengths, rewards, epochs and minibatches. Advantages,
+metrics and optimizer are as it makes them by itself, so it is not held to the same numbers.
+
+    python -m venv trl && trl/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.46.3
 """
 
 import argparse
@@ -38,10 +44,11 @@ NO_END = -1  # no token is the end token
 PHASES = ("generate", "score", "update")
 LOG_PROB_TOLERANCE, NORM_TOLERANCE = 1e-4, 1e-3  # nats; of itself
 GOAL, FLOOR = 5.0, 2.5
+PEERS = {"hf": "a careful torch loop", "trl": "TRL's PPOTrainer"}
 COLUMNS = (
-    "date", "device", "versions", "commit", "prompts x (in + new)", "ours", "HF torch", "x HF",
-    "ours/HF samples/s", "ours generate/score/update tok/s", "HF generate/score/update tok/s",
-    "generation's share ours/HF", "peak MiB ours/HF",
+    "date", "device", "versions", "commit", "prompts x (in + new)", "peer", "ours", "peer's",
+    "x peer", "ours/peer samples/s", "ours generate/score/update tok/s",
+    "peer generate/score/update tok/s", "generation's share ours/peer", "peak MiB ours/peer",
 )  # fmt: skip
 
 
@@ -374,6 +381,51 @@ def make_hf(weights: dict[str, np.ndarray], problem: Problem) -> System:
     return System(iterate, compare, f"{common.versions('torch', 'transformers')}, {threads}")
 
 
+def make_trl(weights: dict[str, np.ndarray], problem: Problem) -> System:
+    """TRL's PPOTrainer with the settings above; what they leave open is its default."""
+    import tokenizers
+    import torch
+    import transformers
+    import trl
+
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+
+    def role() -> Any:
+        model = train_step.hf_model(weights)
+        return trl.AutoModelForSeq2SeqLMWithValueHead.from_pretrained(model)
+
+    # It asks for a tokenizer, to pad with and to look for an end; the words are never asked for.
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    config = trl.PPOConfig(
+        batch_size=problem.rows, mini_batch_size=problem.rows // MINIBATCHES, ppo_epochs=EPOCHS,
+        learning_rate=LEARNING_RATE, cliprange=CLIP, cliprange_value=VALUE_CLIP, gamma=1.0,
+        vf_coef=VALUE_COEF, lam=LAMBDA, adap_kl_ctrl=False, init_kl_coef=KL_COEF,
+        max_grad_norm=CLIP_NORM,
+    )  # fmt: skip
+    trainer = trl.PPOTrainer(config, role(), role(), tokenizer)
+    drawing = {"do_sample": True, "top_k": 0, "eos_token_id": NO_END, "pad_token_id": 0}
+
+    def iterate(iteration: int) -> tuple[dict[str, float], dict[str, float]]:
+        begin = time.perf_counter()
+        prompts = list(torch.from_numpy(problem.prompts(iteration).astype(np.int64)))
+        answers = trainer.generate(
+            prompts, batch_size=problem.rows, max_new_tokens=problem.answer_length, **drawing
+        )
+        drawn = time.perf_counter()
+        assert {len(answer) for answer in answers} == {problem.answer_length + 1}
+        rewards = rewards_of(torch.stack(answers)[:, 1:].numpy())
+        told = trainer.step(prompts, answers, list(torch.from_numpy(rewards)))
+        end, score = time.perf_counter(), float(told["time/ppo/forward_pass"])
+        seconds = {"generate": drawn - begin, "score": score, "update": end - drawn - score}
+        named = {"score": "ppo/mean_scores", "kl": "objective/kl", "entropy": "objective/entropy"}
+        return seconds, {name: float(told[key]) for name, key in named.items()}
+
+    threads = f"{torch.get_num_threads()} threads"
+    return System(iterate, dict, f"{common.versions('trl', 'torch', 'transformers')}, {threads}")
+
+
 # ------------------------------------------------------------------------------------------ driver
 
 
@@ -381,7 +433,8 @@ def serve(arguments: argparse.Namespace) -> None:
     """The worker's side: builds the system, then does as told."""
     problem = Problem(arguments.prompts, arguments.input_length, arguments.answer_length)
     weights = dict(np.load(arguments.weights))
-    system = {"ours": make_ours, "hf": make_hf}[arguments.worker](weights, problem)
+    makers = {"ours": make_ours, "hf": make_hf, "trl": make_trl}
+    system = makers[arguments.worker](weights, problem)
     common.reply(description=system.description)
     iteration, seconds = 0, []
     for command in common.commands():
@@ -439,6 +492,10 @@ def flops(problem: Problem) -> dict[str, float]:
 def measure(arguments: argparse.Namespace, weights: str, problem: Problem) -> dict[str, Any]:
     """Starts, compares and times both systems."""
     python = {"ours": sys.executable, "hf": arguments.hf_python}
+    if arguments.trl_python is None:
+        print("  TRL is left out: --trl_python names none")
+    else:
+        python["trl"] = arguments.trl_python
     workers = []
     for name in python:
         command = [
@@ -452,7 +509,7 @@ def measure(arguments: argparse.Namespace, weights: str, problem: Problem) -> di
         started = {worker.name: worker.answer()["description"] for worker in workers}
         for name, description in started.items():
             print(f"  {name}: {description}", flush=True)
-        agree(*(worker.ask("compare") for worker in workers))
+        agree(*(worker.ask("compare") for worker in workers[:2]))
         for worker in workers:
             worker.ask("warm")
         timings = common.take_turns(workers, runs=arguments.runs)
@@ -489,6 +546,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common.add_common_flags(parser)
     parser.add_argument("--hf_python", default=sys.executable, help="the Python with torch")
+    parser.add_argument("--trl_python", help="the Python with TRL, see above")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--input_length", type=int, default=64)
     parser.add_argument("--answer_length", type=int, default=64)
@@ -517,25 +575,30 @@ def main(arguments: argparse.Namespace) -> int:
         result = measure(arguments, str(weights), problem)
     rates = report(problem, result)
     timings, details = result["timings"], result["details"]
-    ratio = timings["hf"].median / timings["ours"].median
 
-    def joined(function: Callable[[str], str]) -> str:
-        return "/".join(function(name) for name in ("ours", "hf"))
+    def row(peer: str) -> list[str]:
+        def joined(function: Callable[[str], str]) -> str:
+            return "/".join(function(name) for name in ("ours", peer))
 
-    def share(name: str) -> float:
-        medians = details[name]["medians"]
-        return medians["generate"] / sum(medians.values())
+        def share(name: str) -> float:
+            medians = details[name]["medians"]
+            return medians["generate"] / sum(medians.values())
 
-    if not arguments.no_record:
-        line = [
-            common.today(), device, f"{result['started']['ours']}; {result['started']['hf']}",
-            common.commit(), shape, *(str(timings[name]) for name in ("ours", "hf")),
-            f"{ratio:.2f}", joined(lambda n: f"{problem.rows / timings[n].median:.2f}"),
-            *("/".join(f"{rate:,.0f}" for rate in rates[n].values()) for n in ("ours", "hf")),
+        return [
+            common.today(), device, f"{result['started']['ours']}; {result['started'][peer]}",
+            common.commit(), shape, PEERS[peer], *(str(timings[name]) for name in ("ours", peer)),
+            f"{ratios[peer]:.2f}", joined(lambda n: f"{problem.rows / timings[n].median:.2f}"),
+            *("/".join(f"{rate:,.0f}" for rate in rates[n].values()) for n in ("ours", peer)),
             joined(lambda n: f"{share(n):.0%}"), joined(lambda n: f"{details[n]['peak_mib']:.0f}"),
         ]  # fmt: skip
-        common.append_rows("PPO", COLUMNS, [line])
-    checks = [common.Check("samples/s against Hugging Face torch", ratio, GOAL, FLOOR, unit="x")]
+
+    ratios = {n: t.median / timings["ours"].median for n, t in timings.items() if n != "ours"}
+    if not arguments.no_record:
+        common.append_rows("PPO", COLUMNS, [row(peer) for peer in ratios])
+    checks = [
+        common.Check(f"samples/s against {PEERS[peer]}", ratio, GOAL, FLOOR, unit="x")
+        for peer, ratio in ratios.items()
+    ]
     return common.finish(checks, arguments.check)
 
 

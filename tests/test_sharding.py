@@ -191,6 +191,32 @@ def test_batch_becomes_global_arrays():
         assert abstract[name].sharding == value.sharding
 
 
+def test_batches_are_placed_one_ahead_and_in_order():
+    mesh, read = _mesh(data=2), []
+
+    def rows():
+        for number in range(3):
+            read.append(number)
+            yield {"tokens": np.full((2, 4), number)}
+
+    stream = sharding.shard_ahead(rows(), mesh)
+    assert int(next(stream)["tokens"][0, 0]) == 0 and not read[2:]
+    assert [int(batch["tokens"][0, 0]) for batch in stream] == [1, 2]
+
+    endless = sharding.shard_ahead(({"tokens": np.zeros((2, 4))} for _ in iter(int, 1)), mesh)
+    next(endless)
+    endless.close()  # its thread ends
+
+    def broken():
+        yield {"tokens": np.zeros((2, 4))}
+        raise UserError("the cache is cut off")
+
+    stream = sharding.shard_ahead(broken(), mesh)
+    next(stream)
+    with pytest.raises(UserError, match="cut off"):
+        next(stream)
+
+
 def test_batch_that_does_not_divide_over_the_data_shards():
     with pytest.raises(UserError) as error:
         sharding.shard_batch({"tokens": np.zeros((130, 4), np.int32)}, _mesh(data=8))
