@@ -395,9 +395,11 @@ def make_trl(weights: dict[str, np.ndarray], problem: Problem) -> System:
         model = train_step.hf_model(weights)
         return trl.AutoModelForSeq2SeqLMWithValueHead.from_pretrained(model)
 
-    # It asks for a tokenizer, to pad with and to look for an end; the words are never asked for.
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    # It wants a tokenizer, to pad with and to look for an end, which is one that is never drawn.
+    names = {"pad_token": "<pad>", "eos_token": "</s>"}
+    words = dict(zip(names.values(), (0, train_step.VOCAB_SIZE), strict=True))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
     config = trl.PPOConfig(
         batch_size=problem.rows, mini_batch_size=problem.rows // MINIBATCHES, ppo_epochs=EPOCHS,
         learning_rate=LEARNING_RATE, cliprange=CLIP, cliprange_value=VALUE_CLIP, gamma=1.0,
