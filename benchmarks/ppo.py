@@ -506,6 +506,7 @@ def measure(arguments: argparse.Namespace, weights: str, problem: Problem) -> di
             f"--answer_length={problem.answer_length}",
         ]  # fmt: skip
         quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        quiet["PYTHONWARNINGS"] = "ignore"  # TRL says that it is deprecated
         workers.append(common.Worker(name, command, quiet))
     try:
         started = {worker.name: worker.answer()["description"] for worker in workers}

@@ -20,10 +20,11 @@ def free_port() -> int:
 
 def environment(devices: int) -> dict[str, str]:
     """The environment of a process that sees so many CPU devices."""
-    others = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    name = "--xla_force_host_platform_device_count"
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(name)]
     return {
-        **others, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        **os.environ, "PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join([*flags, f"{name}={devices}"]),
     }  # fmt: skip
 
 
