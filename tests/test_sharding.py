@@ -192,23 +192,23 @@ def test_batch_becomes_global_arrays():
 
 
 def test_batches_are_placed_one_ahead_and_in_order():
-    mesh, read = _mesh(data=2), []
+    mesh, read = _mesh(data=8), []
 
     def rows():
         for number in range(3):
             read.append(number)
-            yield {"tokens": np.full((2, 4), number)}
+            yield {"tokens": np.full((8, 4), number)}
 
     stream = sharding.shard_ahead(rows(), mesh)
     assert int(next(stream)["tokens"][0, 0]) == 0 and not read[2:]
     assert [int(batch["tokens"][0, 0]) for batch in stream] == [1, 2]
 
-    endless = sharding.shard_ahead(({"tokens": np.zeros((2, 4))} for _ in iter(int, 1)), mesh)
+    endless = sharding.shard_ahead(({"tokens": np.zeros((8, 4))} for _ in iter(int, 1)), mesh)
     next(endless)
     endless.close()  # its thread ends
 
     def broken():
-        yield {"tokens": np.zeros((2, 4))}
+        yield {"tokens": np.zeros((8, 4))}
         raise UserError("the cache is cut off")
 
     stream = sharding.shard_ahead(broken(), mesh)
