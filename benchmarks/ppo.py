@@ -19,7 +19,7 @@ With `--trl_python` TRL takes a turn too: Hugging Face's own trainer, in its las
 encoder-decoders, on the same model, prompts, lengths, rewards, epochs and minibatches. Advantages,
 metrics and optimizer are as it makes them by itself, so it is not held to the same numbers.
 
-    python -m venv trl && trl/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.46.3
+    python -m venv trl && trl/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.46.3 rich
 """
 
 import argparse
@@ -492,7 +492,7 @@ def flops(problem: Problem) -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace, weights: str, problem: Problem) -> dict[str, Any]:
-    """Starts, compares and times both systems."""
+    """Starts, compares and times the systems."""
     python = {"ours": sys.executable, "hf": arguments.hf_python}
     if arguments.trl_python is None:
         print("  TRL is left out: --trl_python names none")

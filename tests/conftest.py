@@ -12,8 +12,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
-# Programs of a few steps: run.py's level 1 takes a sixth of the suite's time more. What is measured
-# (the quickstart) runs without this.
+# Programs of a few steps: with run.py's level 1 a module of them takes a sixth longer. What is
+# measured (the quickstart) runs without this.
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 # Compile time dominates the suite: one cache for this run and for the subprocesses it starts.

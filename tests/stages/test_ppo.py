@@ -289,6 +289,7 @@ def test_a_run_goes_on_with_the_models_it_began_with_alone(ppo, whole, trained, 
 @pytest.mark.parametrize(
     "settings",
     [
+        {"method": "'rloo'", "epochs": 1},
         {"method": "'grpo'", "zero_spread": "'drop'"},
         {"method": "'remax'", "scale_rewards": "'running'", "clip_reward": 2.0},
         {"method": "'reinforce_pp'", "no_end_score": -20.0},
