@@ -47,4 +47,9 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
     if package in EXTRAS:
         extra = EXTRAS[package]
         return f"the package {package} is not installed: pip install -e '.[{extra}]'."
+    if error.name != package:  # Python found the package itself
+        return (
+            f"the installed package {package} has no module {error.name}: it is another version "
+            f"or damaged: pip install --force-reinstall -c constraints.txt {package}."
+        )
     return f"the package {package} is not installed: pip install {package}."

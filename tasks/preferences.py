@@ -43,13 +43,17 @@ def _evenly(rows: Sequence[Any], count: int) -> list[Any]:
 def openings(train: int, validation: int) -> list[dict[str, Any]]:
     """Returns prompts with the continuation of their review, its id and its split.
 
+    Each also has the continuation of a bad review, `other`.
+
     Args:
       train, validation: at most so many of each split.
     """
     found = []
     for split, count in zip(SPLITS, (train, validation), strict=True):
-        rows = _evenly(list(_continuations(split, 1)), count)
-        found += [{**row, "split": split} for row in rows]
+        bad = [row["targets"] for row in _continuations(split, 0)]
+        for row in _evenly(list(_continuations(split, 1)), count):
+            other = sources.pick(row["id"], bad, "other")
+            found.append({**row, "other": other, "split": split})
     return found
 
 
@@ -60,18 +64,18 @@ def pairs(drafts: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[dict[str
       drafts: of each model the rows of `openings` with its `prediction`, in the same order.
 
     Raises:
-      UserError: the models have not answered the same prompts.
+      UserError: the models have not answered the same prompts, or not those of `openings`.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    bad = {split: [row["targets"] for row in _continuations(split, 0)] for split in SPLITS}
+    if any("other" not in row for row in drafts[0]):
+        raise UserError("The drafts lack the field `other`: make their prompts with `openings`.")
     first = [(row["id"], row["inputs"]) for row in drafts[0]]
     for other in drafts[1:]:
         if [(row["id"], row["inputs"]) for row in other] != first:
             raise UserError("The files of drafts do not answer the same prompts in the same order.")
     for rows in zip(*drafts, strict=True):
         prompt = rows[0]
-        others = [sources.pick(prompt["id"], bad[prompt["split"]], "other")]
-        others += [row["prediction"] for row in rows]
+        others = [prompt["other"], *(row["prediction"] for row in rows)]
         # An empty draft is no answer; one that repeats another counts once.
         others = [o for o in dict.fromkeys(others) if o.strip() and o != prompt["targets"]]
         found.setdefault(prompt["split"], []).append(

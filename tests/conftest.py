@@ -30,11 +30,20 @@ STRICT_FOLDERS = ("ops", "kernels", "models")
 # Each compiled program holds memory maps, and Linux ends a process at 65,530 of them (a failed
 # allocation inside the compiler): this many are let go of. The cache on disk makes that cheap.
 MANY_MAPS = 10_000
+# A collection of garbage walks all that is alive, and traced programs are millions of objects: as
+# often as Python's defaults have it, that is up to a quarter of a worker's time.
+gc.set_threshold(20_000, 10, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest test first: whatever else there is fits beside it."""
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -153,6 +153,8 @@ def test_every_stage_has_a_summary_and_flags_with_fields():
 def test_missing_packages_name_their_extra():
     assert "[quickstart]" in errors.missing_package(ModuleNotFoundError(name="snownlp"))
     assert errors.missing_package(ModuleNotFoundError(name="tasks.reviews")) is None
+    damaged = errors.missing_package(ModuleNotFoundError(name="jax.experimental.other"))
+    assert "has no module jax.experimental.other" in damaged and "not installed" not in damaged
 
 
 def script(*words) -> subprocess.CompletedProcess:

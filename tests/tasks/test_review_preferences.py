@@ -71,3 +71,5 @@ def test_the_command(prompts, tmp_path, capsys):
     assert "the same prompts in the same order" in capsys.readouterr().err
     with pytest.raises(UserError, match="the same prompts"):
         preferences.pairs([rows, rows[1:]])
+    with pytest.raises(UserError, match="lack the field `other`"):
+        preferences.pairs([[{"id": row["id"], "inputs": row["inputs"]} for row in rows]])
